@@ -1,0 +1,1 @@
+"""Makes, fetches and checks token shards. The trainer imports nothing from here."""

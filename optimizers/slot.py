@@ -1,0 +1,249 @@
+"""The optimizer slot: everything about a matrix optimizer that is not its maths.
+
+A matrix optimizer subclasses `MatrixOptimizer` and writes one method, `update`, on stacks of
+equal-shaped matrices. The slot buckets parameters by shape, deals whole matrices to ranks by cost
+(largest first), sums gradients over ranks, steps the owned matrices and gathers the results.
+One step, three loops:
+
+    1. for each bucket: launch the reduce_scatter of its gradients to their owners
+    2. for each bucket: wait for it, update the owned matrices, launch the all_gather of the weights
+    3. for each bucket: wait for it, copy the gathered weights into the parameters
+
+Momentum lives on the owner only (ZeRO-1). Without a process group the same code runs without
+collectives. Inputs and Work handles of asynchronous collectives are held until waited for.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TAGS = {"params", "name", "neuron_axis"}  # what a parameter group may carry besides hyperparameters
+
+
+@dataclass
+class Bucket:
+    """Parameters of one group with one shape, and who owns which."""
+
+    group: dict
+    params: list[Tensor]  # K of (m, n)
+    owned: list[list[int]] = field(default_factory=list)  # per rank: indices into params
+    state: dict[str, Tensor] = field(default_factory=dict)  # of this rank's matrices: (k, ...)
+
+    @property
+    def slots(self) -> int:
+        """Matrices per rank in a communication buffer; ranks that own fewer leave padding."""
+        return max(map(len, self.owned))
+
+
+def deal(costs: list[float], ranks: int) -> list[int]:
+    """The owner of each item: largest cost first, each to the rank with the least so far."""
+    load, owners = [0.0] * ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = min(range(ranks), key=load.__getitem__)
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def nesterov(grad: Tensor, state: dict, momentum: float | Tensor) -> Tensor:
+    """m <- mu m + (1 - mu) g, then (1 - mu) g + mu m; `grad` itself is not touched."""
+    buffer = state["momentum"].lerp_(grad, 1 - momentum)
+    return grad.lerp(buffer, momentum)
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Base of all matrix optimizers: W <- decay(W) - lr * scale * update(grad).
+
+    Args:
+        params: 2-D parameters, or groups of them (dicts with "params", optional "name" and
+            "neuron_axis", and any hyperparameter of `defaults`).
+        reduce: True: gradients differ by rank and the slot sums them. False: they are already
+            reduced (DDP), the slot only shares the work.
+        compile: compile the update of each bucket; None: on CUDA only.
+        hyperparameters: as in `defaults` of the class; an unknown one raises ValueError.
+    """
+
+    defaults = dict(lr=0.02, weight_decay=0.0, momentum=0.95)
+
+    def __init__(
+        self, params, *, reduce: bool = True, compile: bool | None = None, **hyperparameters
+    ) -> None:
+        self._buckets: list[Bucket] = []
+        self._known = {**type(self).defaults}
+        self._check_names(hyperparameters)
+        self.reduce = reduce
+        grouped = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if grouped else 1
+        self.rank = dist.get_rank() if grouped else 0
+        super().__init__(params, {**self._known, **hyperparameters})
+        on_cuda = self.param_groups[0]["params"][0].is_cuda
+        self.compiled = on_cuda if compile is None else compile
+        self._maths = self._new_weights
+        if self.compiled:
+            self._maths = torch.compile(self._new_weights, dynamic=False, fullgraph=True)
+
+    # ---- the seam: what an optimizer writes -------------------------------------------------
+
+    def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
+        """Direction of a stack: grad (k, m, n) -> (k, m, n); may change `state`, never `grad`."""
+        raise NotImplementedError
+
+    def scale(self, direction: Tensor, weight: Tensor, group: dict) -> float | Tensor:
+        """Factor of the direction, broadcast against (k, m, n)."""
+        return max(1.0, weight.size(-2) / weight.size(-1)) ** 0.5
+
+    def decay(self, weight: Tensor, direction: Tensor, group: dict) -> Tensor:
+        """The weights (k, m, n) after decoupled decay."""
+        return weight * (1 - group["lr"] * group["weight_decay"])
+
+    def init_state(self, grad: Tensor) -> dict[str, Tensor]:
+        """State of a stack before its first step; leading size k, as in grad (k, m, n)."""
+        return {"momentum": torch.zeros_like(grad)}
+
+    def cost(self, shape: torch.Size, group: dict) -> float:
+        """Relative cost of one matrix, for dealing: a polar factor is long side x short side^2."""
+        return max(shape) * min(shape) ** 2
+
+    def before_forward(self) -> None:
+        """Called before each step's forward pass (for look-ahead methods)."""
+
+    @contextmanager
+    def readout(self) -> Iterator[None]:
+        """Around validation (for weight averages): may move the weights, must put them back."""
+        yield
+
+    # ---- the step ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        if closure is not None:
+            raise ValueError("closures are not supported: call backward() first, then step()")
+        self._check_gradients()
+        reductions = [self._launch_reduce(bucket) for bucket in self._buckets]
+        gathers = []
+        for bucket in self._buckets:
+            grads, work, _held = reductions.pop(0)
+            if work is not None:
+                work.wait()
+            gathers.append(self._launch_gather(bucket, self._advance(bucket, grads)))
+        for bucket in self._buckets:
+            weights, work, _held = gathers.pop(0)
+            if work is not None:
+                work.wait()
+            torch._foreach_copy_(bucket.params, weights)
+
+    def reset(self) -> None:
+        """Forgets all state, as if newly built; compiled code is kept."""
+        for bucket in self._buckets:
+            bucket.state = {}
+
+    def _advance(self, bucket: Bucket, grads: Tensor) -> Tensor:
+        """New weights (k, m, n) of the matrices that this rank owns; k may be 0."""
+        mine = bucket.owned[self.rank]
+        if not mine:
+            return grads
+        grads = grads.to(torch.promote_types(grads.dtype, torch.float32))
+        if not bucket.state:
+            bucket.state = self.init_state(grads)
+        weights = torch.stack([bucket.params[i] for i in mine])
+        return self._maths(weights, grads, bucket.state, self._hyperparameters(bucket.group))
+
+    def _new_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> Tensor:
+        direction = self.update(grad, state, group).to(grad.dtype)
+        direction = direction * self.scale(direction, weight, group)
+        return self.decay(weight, direction, group) - group["lr"] * direction
+
+    def _hyperparameters(self, group: dict) -> dict:
+        """As the maths sees them; compiled, as 0-D tensors: then a new value recompiles nothing."""
+        chosen = {k: group[k] for k in (*self._known, "neuron_axis") if k in group}
+        if not self.compiled:
+            return chosen
+        numbers = [k for k, default in self._known.items() if isinstance(default, float)]
+        return chosen | {k: torch.as_tensor(chosen[k], dtype=torch.float32) for k in numbers}
+
+    # ---- the collectives --------------------------------------------------------------------
+
+    def _launch_reduce(self, bucket: Bucket) -> tuple[Tensor, dist.Work | None, Tensor | None]:
+        """Gradients of the owned matrices (k, m, n), valid once the Work was waited for."""
+        grads, mine = [p.grad for p in bucket.params], bucket.owned[self.rank]
+        if self.world_size == 1 or not self.reduce:
+            return self._stack(bucket, [grads[i] for i in mine]), None, None
+        send = self._buffer(bucket)
+        torch._foreach_copy_(self._cells(bucket, send), grads)
+        received = torch.empty_like(send[0])
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13
+        work = scatter(received, send.flatten(0, 1), async_op=True)
+        return received[: len(mine)], work, send
+
+    def _launch_gather(
+        self, bucket: Bucket, weights: Tensor
+    ) -> tuple[list[Tensor], dist.Work | None, Tensor | None]:
+        """All matrices of the bucket in parameter order, valid once the Work was waited for."""
+        if self.world_size == 1:
+            return list(weights.unbind()), None, None
+        received = self._buffer(bucket, bucket.params[0].dtype)
+        send = torch.zeros_like(received[0])  # padding travels, but never enters `update`
+        send[: len(weights)] = weights
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13
+        work = gather(received.flatten(0, 1), send, async_op=True)
+        return self._cells(bucket, received), work, send
+
+    def _stack(self, bucket: Bucket, matrices: list[Tensor]) -> Tensor:
+        return torch.stack(matrices) if matrices else bucket.params[0].new_empty(0)
+
+    def _buffer(self, bucket: Bucket, dtype: torch.dtype | None = None) -> Tensor:
+        shape = (self.world_size, bucket.slots, *bucket.params[0].shape)
+        return bucket.params[0].new_zeros(shape, dtype=dtype or bucket.params[0].grad.dtype)
+
+    def _cells(self, bucket: Bucket, buffer: Tensor) -> list[Tensor]:
+        """Where each parameter's matrix stands in a (world, slots, m, n) buffer."""
+        place = {i: (r, s) for r, mine in enumerate(bucket.owned) for s, i in enumerate(mine)}
+        return [buffer[place[i]] for i in range(len(bucket.params))]
+
+    # ---- what may come in -------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        self._check_names({k: v for k, v in param_group.items() if k not in TAGS})
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.ndim != 2:
+                raise ValueError(
+                    f"{type(self).__name__} takes matrices, found a parameter of shape "
+                    f"{tuple(p.shape)}: give it to torch.optim.AdamW instead"
+                )
+        self._deal()
+
+    def _deal(self) -> None:
+        """Buckets all parameters and deals them anew over all buckets together."""
+        self._buckets = []
+        for group in self.param_groups:
+            by_kind: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                by_kind.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            self._buckets += [Bucket(group, params) for params in by_kind.values()]
+        costs = [self.cost(p.shape, b.group) for b in self._buckets for p in b.params]
+        owners = iter(deal(costs, self.world_size))
+        for bucket in self._buckets:
+            bucket.owned = [[] for _ in range(self.world_size)]
+            for i in range(len(bucket.params)):
+                bucket.owned[next(owners)].append(i)
+
+    def _check_names(self, hyperparameters: dict) -> None:
+        for name in hyperparameters.keys() - self._known.keys():
+            raise ValueError(
+                f"{type(self).__name__} has no hyperparameter {name!r}: it takes "
+                f"{', '.join(sorted(self._known))}"
+            )
+
+    def _check_gradients(self) -> None:
+        for bucket in self._buckets:
+            for i, p in enumerate(bucket.params):
+                if p.grad is None:
+                    name = bucket.group.get("name", self.param_groups.index(bucket.group))
+                    raise ValueError(
+                        f"parameter {i} of group {name!r}, {tuple(p.shape)}, has no gradient: "
+                        "call backward() before step(), or leave unused parameters out"
+                    )

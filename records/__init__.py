@@ -1,0 +1,1 @@
+"""Logs in, tables and pictures out; the trainer never imports this package."""

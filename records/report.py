@@ -1,0 +1,180 @@
+"""Regenerate the tables and the picture of README.md: `python -m records.report [--check]`.
+
+A table stands between the lines `<!-- table:NAME -->` and `<!-- /table:NAME -->`, one pair for each
+of `TABLES`. The data are the logs records/prose/*.txt and records/bench/*.jsonl (one line per
+measurement, newest last). `--check` only compares and exits with 2 where README.md is stale.
+"""
+
+import argparse
+import json
+import re
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+from records.log import Run, parse_log
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^(<!-- table:(\w+) -->\n).*?^(<!-- /table:\2 -->)$", re.DOTALL | re.MULTILINE)
+FIRST_STEP = 125  # the losses before it only stretch the axis
+STYLES = ("-", "--", ":", "-.")  # of the first, second ... run of one optimizer
+OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colour-blind-safe set)
+    "aurora": ("Aurora", "#D55E00"), "riemannian": ("Riemannian Aurora", "#E69F00"),
+    "muon": ("Muon", "#0072B2"), "adamw": ("AdamW", "#56B4E9"),
+    "normuon": ("NorMuon", "#009E73"), "unormuon": ("U-NorMuon", "#CC79A7"),
+}
+ORIGIN = (("torch", "torch", ""), ("commit", "commit", ".7"))
+BENCHES = {  # what tells measurements apart, then a column per (title, key, format)
+    "optimizers": (("device",), (
+        ("ms per step", "ms", ".2f"), ("rms of sigma - 1", "rms_sigma", ".2g"),
+        ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"), *ORIGIN)),
+    "trainer": (("device", "gpus", "preset", "optimizer"), (
+        ("preset", "preset", ""), ("tokens/s", "tokens_per_s", ",.0f"),
+        ("ms per step", "step_ms", ".2f"), ("of these optimizer", "optimizer_ms", ".2f"),
+        ("peak GiB", "peak_gib", ".1f"), ("start (s)", "start_s", ".1f"), *ORIGIN)),
+}
+
+
+def prose_runs(root: Path) -> list[Run]:
+    """All logs of records/prose in table order."""
+    runs = [parse_log(path) for path in sorted((root / "records/prose").glob("*.txt"))]
+    keys = ("optimizer", "device", "world_size", "seed")
+    return sorted(runs, key=lambda run: [run.meta[key] for key in keys])
+
+
+def prose_table(root: Path) -> str:
+    """One row per log, crashed runs included."""
+    header = ["optimizer", "GPUs", "seed", "loss at 250", "at 375", "at 500", "final (step)",
+              "steps to target (interpolated)", "train time (s)", "ms per step", "tokens/s", "log"]
+    command = "python train_gpt.py --preset prose --log records/prose/NAME.txt"
+    rows = [_prose_row(run, root) for run in prose_runs(root)]
+    return _markdown(header, rows) if rows else f"not measured yet: run `{command}`\n"
+
+
+def _prose_row(run: Run, root: Path) -> list[str]:
+    meta, last, goal = run.meta, run.points[-1], run.meta["config"]["target"]
+    final = f"{last.val_loss:.5f} ({last.step})"
+    steps = f"{goal:.6g} not reached" if goal else "-"
+    if run.target is not None:
+        crossing = _number(run.target["crossing_step"], ".1f")
+        steps = f"{run.target['step']} ({crossing}) to {run.target['loss']:.6g}"
+    return [_look(meta["optimizer"])[0], _gpus(meta), str(meta["seed"]),
+            *(_number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
+            final if run.status == "complete" else f"{final}, {run.status}", steps,
+            f"{last.train_time_s:.3f}", _number(last.step_avg_ms, ".2f"),
+            _number(1000 * meta["config"]["batch_tokens"] / last.step_avg_ms, ",.0f"),
+            f"[log]({run.path.relative_to(root).as_posix()})"]
+
+
+def bench_table(root: Path, bench: str) -> str:
+    """The newest measurement of each kind, with the commands that made them."""
+    keys, columns = BENCHES[bench]
+    entries = _newest(root / f"records/bench/{bench}.jsonl", keys)
+    if not entries:
+        return f"not measured yet: run `python tools/bench_{bench}.py`\n"
+    rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
+    cells = [[_look(row.get("name", row.get("optimizer", "-")))[0], _gpus(row),
+              *(_number(row.get(key), form) for _, key, form in columns)] for row in rows]
+    commands = dict.fromkeys(f"`{entry.get('command', '-')}`" for entry in entries)
+    table = _markdown(["optimizer", "GPUs", *(title for title, _, _ in columns)], cells)
+    return f"{table}\nMade by {', '.join(commands)}.\n"
+
+
+def _newest(path: Path, keys: tuple[str, ...]) -> list[dict]:
+    """The last line of a JSONL file for each value of `keys`, sorted by them."""
+    found: dict[tuple, dict] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            found[tuple(entry[key] for key in keys)] = entry
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number}: found '{line[:80]}', expected a JSON object "
+                             f"with {', '.join(keys)}; measure again or delete it") from error
+    return [found[key] for key in sorted(found)]
+
+
+def draw_curves(runs: list[Run], path: Path) -> None:
+    """Validation loss against steps: the whole run on the left, its last third on the right."""
+    from matplotlib.figure import Figure  # here, so that --check needs the standard library only
+
+    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2)
+    starts = FIRST_STEP, 2 / 3 * max(run.points[-1].step for run in runs)
+    for run in runs:
+        name, seed = run.meta["optimizer"], run.meta["seed"]
+        same = [other.path for other in runs if other.meta["optimizer"] == name]
+        look = {"color": _look(name)[1], "linestyle": STYLES[same.index(run.path) % len(STYLES)],
+                "label": f"{_look(name)[0]}, {_gpus(run.meta)}, seed {seed}"}
+        for axes, first in zip(panels, starts, strict=True):
+            points = [(point.step, point.val_loss) for point in run.points if point.step >= first]
+            axes.plot([step for step, _ in points], [loss for _, loss in points], **look)
+    for axes in panels:
+        for target in sorted({run.meta["config"]["target"] for run in runs} - {0.0}):
+            axes.axhline(target, ls=(0, (6, 4)), lw=1, color="0.4", label=f"target {target:.6g}")
+        axes.set(xlabel="step", ylabel="validation loss")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, frameon=False,
+                  loc="outside lower center")
+    figure.savefig(path, metadata={"Software": None})  # no version stamp: same data, same bytes
+
+
+def _look(name: str) -> tuple[str, str]:
+    return OPTIMIZERS.get(name, (name, "black"))
+
+
+def _gpus(entry: dict) -> str:
+    count = entry.get("world_size", entry.get("gpus", 1))
+    return f"{count} x {entry['device'].removeprefix('NVIDIA ')}"
+
+
+def _number(value: float | str | None, form: str) -> str:
+    return "-" if value is None or value != value else format(value, form)  # nan != nan
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+
+
+TABLES = {"prose": prose_table} | {f"bench_{b}": partial(bench_table, bench=b) for b in BENCHES}
+
+
+def fill_tables(text: str, root: Path) -> str:
+    """The README text with the inside of every marker pair written anew."""
+    names = sorted(block[2] for block in BLOCK.finditer(text))
+    if names != sorted(TABLES):
+        raise ValueError(f"README.md has whole marker pairs for {names}, expected one for each of "
+                         f"{sorted(TABLES)}; see the top of records/report.py")
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](root) + block[3], text)
+
+
+def check(root: Path) -> None:
+    """ValueError on the first line of README.md that is not what the data say."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    pairs = zip_longest(text.split("\n"), fill_tables(text, root).split("\n"))
+    for number, (found, expected) in enumerate(pairs, 1):
+        if found != expected:
+            raise ValueError(f"README.md line {number}: found '{found}', expected '{expected}'; "
+                             "run python -m records.report")
+
+
+def write(root: Path) -> None:
+    """Tables into README.md and, once there is a complete run, records/prose/curves.png."""
+    readme = root / "README.md"
+    text = fill_tables(readme.read_text(encoding="utf-8"), root)
+    readme.write_text(text, encoding="utf-8", newline="\n")
+    if runs := [run for run in prose_runs(root) if run.status == "complete"]:
+        draw_curves(runs, root / "records/prose/curves.png")
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
+    parser = argparse.ArgumentParser(prog="python -m records.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    try:
+        (check if parser.parse_args(argv).check else write)(root)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Tables, picture and --check of records/report.py in a made-up copy of the repository."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from records.log import RULE
+from records.report import main
+
+NAMES = ("prose", "bench_optimizers", "bench_trainer")
+BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NAMES]
+SCRIPT = 'print(f"step:{step}/{steps} val_loss:{loss}")\n'
+
+
+def write_log(root: Path, name: str, optimizer: str, seed: int, end: bool = True) -> None:
+    config = {"target": 3.42, "batch_tokens": 131072}
+    meta = {"format": 1, "optimizer": optimizer, "seed": seed, "world_size": 1,
+            "device": "NVIDIA H200", "config": config}
+    gain = 0.01 * seed + (0.02 if optimizer == "aurora" else 0.0)
+    lines = [SCRIPT + RULE, "meta: " + json.dumps(meta), RULE,
+             "step:0/1200 val_loss:10.82584 train_time:0.000s step_avg:nanms"]
+    for step in range(125, 1201 if end else 400, 25):
+        loss = 3.0 + 20 / step**0.5 * 0.7 - gain
+        seconds = 0.4 * step
+        lines.append(f"step:{step}/1200 val_loss:{loss:.5f} train_time:{seconds:.3f}s "
+                     "step_avg:400.00ms")
+    if end:
+        lines += ['target: {"loss": 3.42, "step": 1125, "crossing_step": 1108.25}',
+                  'end: {"status": "complete"}']
+    (root / "records/prose" / name).write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def write_bench(root: Path, bench: str, entries: list[dict]) -> None:
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (root / f"records/bench/{bench}.jsonl").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "records/prose").mkdir(parents=True)
+    (tmp_path / "records/bench").mkdir()
+    text = "# Title\n\nTables: `<!-- table:NAME -->`.\n\n" + "\ntext\n\n".join(BLOCKS)
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def table(root: Path, name: str) -> list[str]:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    block = text.split(f"<!-- table:{name} -->\n")[1].split(f"<!-- /table:{name} -->")[0]
+    return block.splitlines()
+
+
+def failure(argv: list[str], root: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(argv, root)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.count("\n") == 1
+    return message
+
+
+def test_without_data_each_table_says_how_to_measure(root: Path) -> None:
+    main([], root)
+    assert table(root, "bench_trainer") == ["not measured yet: run `python tools/bench_trainer.py`"]
+    assert all(table(root, name)[0].startswith("not measured yet: run") for name in NAMES)
+    main(["--check"], root)
+    assert not (root / "records/prose/curves.png").exists()
+
+
+def test_one_row_per_log_in_a_fixed_order(root: Path) -> None:
+    write_log(root, "a.txt", "muon", 2)
+    write_log(root, "b.txt", "aurora", 1)
+    write_log(root, "c.txt", "muon", 1, end=False)
+    main([], root)
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table(root, "prose")]
+    assert [(row[0], row[2]) for row in rows[2:]] == [("Aurora", "1"), ("Muon", "1"), ("Muon", "2")]
+    assert rows[2][1:] == ["1 x H200", "1", "3.85544", "3.69296", "3.59610", "3.37415 (1200)",
+                           "1125 (1108.2) to 3.42", "480.000", "400.00", "327,680",
+                           "[log](records/prose/b.txt)"]
+    assert rows[3][5:8] == ["-", "3.71296 (375), crashed", "3.42 not reached"]
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_the_picture_is_small_and_the_same_every_time(root: Path) -> None:
+    for name, optimizer, seed in (("a", "muon", 1), ("b", "aurora", 1), ("c", "aurora", 2)):
+        write_log(root, f"{name}.txt", optimizer, seed)
+    picture = root / "records/prose/curves.png"
+    main([], root)
+    first = picture.read_bytes()
+    assert first.startswith(b"\x89PNG") and len(first) < 150_000
+    main([], root)
+    assert picture.read_bytes() == first
+
+
+def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
+    origin = {"torch": "2.11.0", "commit": "0123456789ab", "command": "python tools/bench.py"}
+    rows = [{"name": "aurora", "ms": 12.3, "rms_sigma": 0.0028}, {"name": "muon", "ms": 9.87}]
+    write_bench(root, "optimizers", [
+        {"bench": "optimizers", "device": "NVIDIA H200", "rows": [{"name": "old"}]} | origin,
+        {"bench": "optimizers", "device": "cpu", "rows": rows[1:]} | origin,
+        {"bench": "optimizers", "device": "NVIDIA H200", "rows": rows} | origin])
+    kind = {"bench": "trainer", "preset": "prose", "device": "NVIDIA H200", "optimizer": "aurora"}
+    write_bench(root, "trainer", [kind | origin | {"gpus": n, "tokens_per_s": 456000.4 * n}
+                                  for n in (8, 1)])
+    main([], root)
+    assert table(root, "bench_optimizers")[2:] == [
+        "| Aurora | 1 x H200 | 12.30 | 0.0028 | - | - | 2.11.0 | 0123456 |",
+        "| Muon | 1 x H200 | 9.87 | - | - | - | 2.11.0 | 0123456 |",
+        "| Muon | 1 x cpu | 9.87 | - | - | - | 2.11.0 | 0123456 |",
+        "", "Made by `python tools/bench.py`."]
+    assert [row.split(" | ")[1:4] for row in table(root, "bench_trainer")[2:4]] == [
+        ["1 x H200", "prose", "456,000"], ["8 x H200", "prose", "3,648,003"]]
+
+
+def test_check_sees_one_changed_digit(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rounded figure of a table went into upstream's own worked example (users.md, M4)."""
+    write_log(root, "a.txt", "muon", 1)
+    main([], root)
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(text.replace("3.39415", "3.39405"), encoding="utf-8")
+    message = failure(["--check"], root, capsys)
+    assert message.startswith("README.md line 8: found '| Muon")
+    assert "3.39405" in readme.read_text(encoding="utf-8")
+    main([], root)
+    assert readme.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("text", ["no tables", BLOCKS[0] * 2 + "".join(BLOCKS[1:]),
+                                  "".join(BLOCKS[:2]) + "<!-- table:bench_trainer -->\n",
+                                  "".join(BLOCKS).replace("bench_trainer", "bench_trainers")])
+def test_every_table_needs_one_pair_of_markers(
+    root: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "README.md").write_text(text, encoding="utf-8")
+    assert "expected one for each of" in failure([], root, capsys)
+
+
+@pytest.mark.parametrize("line", ["", "[1]", '{"device": "cpu"', '{"gpus": 1}'])
+def test_a_broken_bench_line_is_named(
+    root: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = json.dumps({"device": "cpu", "command": "python", "rows": []})
+    path = root / "records/bench/optimizers.jsonl"
+    path.write_text(f"{good}\n{line}\n", encoding="utf-8")
+    assert f"{path} line 2: found '{line}'" in failure(["--check"], root, capsys)

@@ -1,0 +1,759 @@
+"""GPT-2 124M speedrun with a slot for matrix optimizers (Muon, Aurora, ...).
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py         # 8 GPUs, FineWeb to 3.28
+    python train_gpt.py --optimizer aurora --seed 3 --trials 2    # 1 GPU, seeds 3 and 4
+    python train_gpt.py --preset prose --data DIR                 # 1,200 steps on a prose corpus
+    python data/embedded.py && python train_gpt.py --preset demo  # no GPU, no download, minutes
+    python train_gpt.py --set fc.lr=0.03 --set aurora.balance=fc  # hyperparameters of groups
+
+Model, data order and validation are those of modded-nanogpt's optimizer track and stay fixed; the
+optimizer is free. A log begins with the whole source of its run: what stands above the first line
+of 100 '=' is a script that, run with the same arguments, gives the same losses.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+STARTED = time.perf_counter()  # before torch is imported: the start-up time counts all of it
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optimizers import OPTIMIZERS
+
+####################################################################################################
+#                                              Config                                              #
+####################################################################################################
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "track3"  # track3 (FineWeb), prose or demo: the defaults of everything else
+    optimizer: str = "muon"  # of the matrices: a name in optimizers.OPTIMIZERS
+    seed: int = 1  # of the initial weights; the data order never changes
+    trials: int = 1  # runs with seeds seed, seed + 1, ...; one log each, compiled once
+    steps: int = 3250  # optimizer steps; the learning rate reaches zero there
+    target: float = 3.28  # validation loss to reach; 0: the "target" in the data's manifest.json
+    data: str = "data/fineweb10B"  # folder with *_train_*.bin and *_val_*.bin
+    log: str = ""  # log file, default logs/<uuid>.txt; under torchrun write --log-file
+    rows: int = 0  # rows of a microbatch; 0: what fits the memory
+    batch_tokens: int = 524_288  # tokens of one step, over all ranks
+    val_tokens: int = 10_485_760  # tokens of a validation, from the start of the shard
+    val_every: int = 125  # steps between validations; in the last tenth a fifth of it
+    lr_scale: float = 1.0  # multiplies all learning rates
+    set: tuple = ()  # group.name=value, repeatable: changes one hyperparameter
+    device: str = ""  # cuda, mps or cpu; default: the first that works
+    compile: bool = True  # --no-compile: eager, as CPU and MPS always are
+    wandb: bool = False  # log to Weights & Biases as well
+    vocab_size: int = 50304
+    layers: int = 12
+    width: int = 768
+    head_dim: int = 128
+    row_tokens: int = 1024  # context length
+    cooldown: float = 0.7  # share of the steps in which the learning rate falls to zero
+    dtype: str = "bfloat16"  # of activations, embedding and polar factors
+    wrap: bool = False  # start again when the shards are used up
+    sample_tokens: int = 0  # of text, generated after the run
+    get_data: str = "python data/cached_fineweb10B.py 18"  # what makes the data folder
+
+
+FLAGS = fields(Config)[:17]  # up to wandb; what follows belongs to the benchmark
+PRESETS = {
+    "track3": {},
+    "prose": dict(
+        data="data/prose", steps=1200, target=3.42, batch_tokens=131_072, val_tokens=2_097_152,
+        wrap=True, get_data="python data/tokenize_text.py YOUR_TEXTS --out data/prose",
+    ),
+    "demo": dict(
+        data="data/embedded", steps=400, target=0.0, rows=16, batch_tokens=4096, val_tokens=262_144,
+        val_every=50, vocab_size=257, layers=4, width=128, head_dim=64, row_tokens=256, wrap=True,
+        dtype="float32", sample_tokens=400, get_data="python data/embedded.py",
+    ),
+}  # fmt: skip
+
+
+def parse_config(argv: list[str]) -> Config:
+    def fail(message: str) -> None:
+        raise ValueError(f"{message}; see python train_gpt.py --help")
+
+    comments = dict(re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail  # main prints one sentence, on one rank
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(action="append")}
+    for f in FLAGS:
+        kind, flag = kinds.get(f.type, dict(type=f.type)), "--" + f.name.replace("_", "-")
+        names = (flag, "--log-file") if f.name == "log" else (flag,)  # torchrun has --log-dir
+        parser.add_argument(*names, help=comments[f.name], default=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+    given["set"] = tuple(given.get("set", ()))
+    for name, known in (("preset", PRESETS), ("optimizer", OPTIMIZERS)):
+        if given.setdefault(name, getattr(Config, name)) not in known:
+            fail(f"unknown {name} {given[name]!r}, choose one of {', '.join(known)}")
+    return Config(**PRESETS[given["preset"]] | given)
+
+
+def check_config(config: Config, world_size: int) -> None:
+    if min(config.steps, config.trials, config.val_every, config.batch_tokens, config.rows + 1) < 1:
+        raise ValueError("steps, trials, val-every, batch-tokens must be 1 or more, rows 0 or more")
+    unit = world_size * max(config.rows, 1) * config.row_tokens
+    for name in ("batch_tokens", "val_tokens"):
+        if getattr(config, name) % unit:
+            raise ValueError(
+                f"{name} {getattr(config, name)} is not divisible by {unit} = {world_size} ranks x "
+                f"{max(config.rows, 1)} rows x {config.row_tokens} tokens: change one of them"
+            )
+    for seed in range(config.seed, config.seed + config.trials):
+        if (path := log_path(config, seed)).exists():
+            raise ValueError(f"the log {path} exists already: name another one with --log")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs a package that is not installed: run pip install wandb")
+
+
+####################################################################################################
+#                                               Data                                               #
+####################################################################################################
+
+
+def open_shard(path: Path, vocab_size: int) -> Tensor:
+    """The tokens of a shard, memory-mapped: 256 int32 of header, then uint16 tokens."""
+    size, header = path.stat().st_size, torch.zeros(256, dtype=torch.int32)
+    if size >= 1024:
+        header = torch.from_file(str(path), shared=False, size=256, dtype=torch.int32)
+    magic, version, count = header[:3].tolist()
+    if (magic, version, size) != (20240520, 1, 1024 + 2 * count):
+        raise ValueError(
+            f"{path} is damaged or no token shard: magic, version, bytes are {magic}, {version}, "
+            f"{size}, expected 20240520, 1, {1024 + 2 * count}: delete it and make it again"
+        )
+    tokens = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)[512:]
+    parts = tokens.split(1 << 20) if count else ()
+    largest = max((int(part.to(torch.int32).max()) for part in parts), default=0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} holds token id {largest}, the vocabulary has {vocab_size}: it was made with "
+            "another tokenizer, tokenize its text again"
+        )
+    return tokens
+
+
+def batches_in(tokens: int, batch_tokens: int) -> int:
+    """Steps that a shard lasts: it is left when at most batch + 1 tokens remain."""
+    return max(0, (tokens - 2) // batch_tokens)
+
+
+def check_data(config: Config) -> tuple[list[Path], Path]:
+    """The training shards that the run will read, and the validation shard."""
+    folder, remedy = Path(config.data), f"run {config.get_data}, or name a folder with --data"
+    train, val = (sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
+    if not train or not val:
+        found = f"{len(train)} training, {len(val)} validation" if folder.is_dir() else "no folder"
+        raise FileNotFoundError(f"shards of both kinds expected in {folder}, {found}: {remedy}")
+    found, needed = len(open_shard(val[0], config.vocab_size)), config.val_tokens + 1
+    if found < needed:
+        raise ValueError(f"{val[0]} holds {found} of {needed} tokens to validate: {remedy}")
+    steps, used = 0, []
+    for path in train:
+        if steps < config.steps:
+            used.append(path)
+            steps += batches_in(len(open_shard(path, config.vocab_size)), config.batch_tokens)
+    if steps == 0 or (steps < config.steps and not config.wrap):
+        raise ValueError(
+            f"too few tokens: {folder} lasts {steps} of {config.steps} steps of "
+            f"{config.batch_tokens} tokens: {remedy}, or lower --steps"
+        )
+    return used, val[0]
+
+
+def train_batches(shards: list[Path], config: Config, rank: int, size: int) -> Iterator[Tensor]:
+    """For each step the rank's L tokens and the one after: the same tokens in all for any size."""
+    local = config.batch_tokens // size
+    while True:
+        for path in shards:
+            tokens = open_shard(path, config.vocab_size)
+            for i in range(batches_in(len(tokens), config.batch_tokens)):
+                start = i * config.batch_tokens + rank * local
+                yield tokens[start : start + local + 1].to(torch.int32)
+
+
+####################################################################################################
+#                                               Model                                              #
+####################################################################################################
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.type_as(x), self.bias.type_as(x))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), self.gain.type_as(x))
+
+
+def rotary_table(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, (row_tokens, 1, head_dim / 2), fp32; half of the pairs does not rotate."""
+    quarter = config.head_dim // 4
+    frequencies = (1 / 1024) ** torch.linspace(0, 1, quarter, device=device)
+    frequencies = torch.cat([frequencies, torch.zeros(quarter, device=device)])
+    angles = torch.outer(torch.arange(config.row_tokens, device=device), frequencies)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Per-head RMS norm, then the rotary embedding, computed in fp32."""
+    x1, x2 = F.rms_norm(x_BTHD, (x_BTHD.size(-1),)).float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x_BTHD)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v, self.proj = (Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(*heads, is_causal=True, scale=0.12)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc, self.proj = Linear(width, 4 * width), Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.fc(x).relu().square())
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = RMSNorm(width), Attention(width, head_dim)
+        self.norm2, self.mlp = RMSNorm(width), MLP(width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dtype = getattr(torch, config.dtype)
+        self.embed = nn.Embedding(config.vocab_size, config.width, dtype=dtype)
+        self.norm1, self.norm2 = RMSNorm(config.width), RMSNorm(config.width)
+        blocks = (Block(config.width, config.head_dim) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(blocks)
+        self.head = Linear(config.width, config.vocab_size)
+
+    def trunk(self, tokens_BT: Tensor) -> Tensor:
+        cos, sin = (table[: tokens_BT.size(1)] for table in self.rotary)
+        x = self.norm1(self.embed(tokens_BT))
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        z = self.head(self.norm2(x)).float()
+        return 15 * z * torch.rsqrt(z.square() + 15**2)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="sum")
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy in nats, summed over all tokens, so that microbatches and ranks add."""
+        return self.loss(self.trunk(inputs_BT), targets_BT)
+
+
+def build_model(config: Config, device: torch.device) -> GPT:
+    """Weights are not initialised. Compiled by block: twelve blocks share one compilation."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    model.rotary = rotary_table(config, device)
+    if config.compile and device.type == "cuda":
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+        model.loss = torch.compile(model.loss, dynamic=False, fullgraph=True)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: GPT, seed: int) -> None:
+    """Drawn on the CPU: the same seed gives the same weights on every device and world size."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name == "embed.weight":
+            p.copy_(torch.randn(p.shape, generator=generator))
+        elif name.endswith(("q.weight", "k.weight", "v.weight", "fc.weight")):
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.33 / p.size(1)) ** 0.5)
+        elif name.endswith(("proj.weight", "head.weight", "bias")):
+            p.zero_()
+        elif name.endswith("gain"):
+            p.fill_(1)
+        else:
+            raise AssertionError(f"no initialisation for {name}")
+
+
+####################################################################################################
+#                                            Optimizers                                            #
+####################################################################################################
+
+MATRICES = dict(lr=0.025, weight_decay=0.05, momentum=0.95)  # all of these: track-3 entry #36
+ADAMW = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001)
+ADAMW_LR = dict(embed=0.7, head=0.004, scalars=0.015)
+
+
+def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for embedding, head and 1-D parameters, the chosen optimizer for all other matrices."""
+    named = [(name, p) for name, p in model.blocks.named_parameters() if p.ndim == 2]
+    matrices = [
+        dict(name="attn", neuron_axis=None, params=[p for name, p in named if ".attn." in name]),
+        dict(name="fc", neuron_axis=0, params=[p for name, p in named if ".mlp.fc." in name]),
+        dict(name="proj", neuron_axis=1, params=[p for name, p in named if ".mlp.proj." in name]),
+    ]
+    others = dict(embed=[model.embed.weight], head=[model.head.weight],
+                  scalars=[p for p in model.parameters() if p.ndim < 2])  # fmt: skip
+    others = [dict(name=name, params=ps, lr=ADAMW_LR[name]) for name, ps in others.items()]
+    how = dict(dtype=getattr(torch, config.dtype), compile=None if config.compile else False)
+    optimizers = [
+        torch.optim.AdamW(others, fused=True, **ADAMW),
+        OPTIMIZERS[config.optimizer](matrices, **MATRICES, **how),
+    ]
+    owned = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    assert len(owned) == len(set(owned)), "a parameter has two optimizers"
+    assert set(owned) == set(model.parameters()), "a parameter has no optimizer"
+    change_hyperparameters(optimizers, config)
+    return optimizers
+
+
+def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Config) -> None:
+    """Applies --set, by group or by optimizer (all groups of it), and --lr-scale."""
+    groups = [group for opt in optimizers for group in opt.param_groups]
+    named = {name_of(opt): opt.param_groups for opt in optimizers}
+    named |= {group["name"]: [group] for group in groups}
+    keys = {name: sorted(some[0].keys() - {"params", "name"}) for name, some in named.items()}
+    for setting in config.set:
+        name, _, rest = setting.partition(".")
+        key, _, text = rest.partition("=")
+        if key not in keys.get(name, []):
+            raise ValueError(f"--set {setting}: expected group.name=value with one of {keys}")
+        for group in named[name]:
+            try:
+                value = text if isinstance(group[key], str) else ast.literal_eval(text)
+                group[key] = float(value) if isinstance(group[key], float) else value
+            except (ValueError, SyntaxError, TypeError):
+                raise ValueError(f"--set {setting}: expected a value like {group[key]!r}") from None
+    for group in groups:
+        group["initial_lr"] = group["lr"] = group["lr"] * config.lr_scale
+
+
+def name_of(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer).__name__.lower()
+
+
+def read_back(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    """The hyperparameters that the optimizers use, from their groups and not from the plan."""
+    return [
+        {"optimizer": name_of(opt), "parameters": sum(p.numel() for p in group["params"])}
+        | {key: value for key, value in group.items() if key != "params"}
+        for opt in optimizers for group in opt.param_groups
+    ]  # fmt: skip
+
+
+####################################################################################################
+#                                                Log                                               #
+####################################################################################################
+
+RULE, MARKER = "=" * 100, "# ==================== "
+
+
+def flatten(script: Path) -> str:
+    """The script behind the modules beside it that it imports: one text that runs alone.
+
+    Their imports stay, behind '#| ', so that the tree can be restored. What is flattened already
+    comes back unchanged. No top-level name may be defined in two modules.
+    """
+    if (text := script.read_text()).startswith(MARKER):
+        return text
+    sections, seen, owner = [], [script], {}
+
+    def add(path: Path) -> None:
+        lines = path.read_text().splitlines()
+        for node in ast.parse("\n".join(lines)).body:
+            if isinstance(node, ast.ImportFrom):
+                package = path.parent if node.level else script.parent / node.module
+                module = package / (f"{node.module}.py" if node.level else "__init__.py")
+                if module.is_file():
+                    if module not in seen:
+                        seen.append(module)
+                        add(module)
+                    for i in range(node.lineno - 1, node.end_lineno):
+                        lines[i] = "#| " + lines[i]
+            targets = [n for target in getattr(node, "targets", []) for n in ast.walk(target)]
+            names = [getattr(node, "name", None)] + [getattr(n, "id", None) for n in targets]
+            for name in filter(None, names):
+                assert owner.setdefault(name, path) == path, f"{name}: {owner[name]} and {path}"
+        sections.extend([f"{MARKER}{path.relative_to(script.parent)} ====================", *lines])
+
+    add(script)
+    return "\n".join(sections) + "\n"
+
+
+def output_of(*command: str) -> str:
+    """What a command prints, run beside this file; nothing where it is missing or fails."""
+    try:
+        here = Path(__file__).resolve().parent
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def log_path(config: Config, seed: int) -> Path:
+    path = Path(config.log or f"logs/{uuid.uuid4()}.txt")
+    several = config.log and config.trials > 1
+    return path.with_suffix(f".seed{seed}{path.suffix}") if several else path
+
+
+class Log:
+    """One trial's file, console and, if asked, Weights & Biases page. Rank 0 alone writes."""
+
+    def __init__(self, config: Config, seed: int, world: "World", **meta) -> None:
+        self.path, self.file, self.wandb = log_path(config, seed), None, None
+        if world.rank > 0:
+            return
+        source = flatten(Path(__file__).resolve())
+        tracked = output_of("git", "ls-files", "--error-unmatch", Path(__file__).name)
+        meta |= dict(
+            format=1, preset=config.preset, optimizer=config.optimizer, seed=seed,
+            config=asdict(config), code_sha256=hashlib.sha256(source.encode()).hexdigest(),
+            commit=output_of("git", "rev-parse", "HEAD") if tracked else "unknown",
+            dirty=bool(output_of("git", "status", "--porcelain", "-uno")) if tracked else None,
+            device=world.name, world_size=world.size, torch=torch.__version__,
+        )  # fmt: skip
+        versions = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}), Python {sys.version}"
+        running = f"Running {versions} on {world.name} with world_size {world.size}"
+        header = [RULE, running, output_of("nvidia-smi"), f"meta: {json.dumps(meta)}", RULE]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("x", buffering=1)
+        self.file.write(source + "\n".join(filter(None, header)) + "\n")
+        if config.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project="aurora-speedrun", name=self.path.stem, config=meta)
+
+    def console(self, text: str, end: str = "\n") -> None:
+        if self.file:
+            print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)
+
+    def line(self, text: str) -> None:
+        if self.file:
+            self.file.write(text + "\n")
+        self.console(text)
+
+    def record(self, key: str, **values) -> None:
+        self.line(f"{key}: {json.dumps(values, default=str)}")
+
+    def validation(self, step: int, steps: int, loss: float, seconds: float) -> None:
+        self.line(f"step:{step}/{steps} val_loss:{loss:.5f} {times(step, seconds)}")
+        if self.wandb:
+            self.wandb.log({"val_loss": loss, "train_time": seconds}, step=step)
+
+    def progress(self, step: int, steps: int, seconds: float) -> None:
+        """After each step; on a terminal also a last line, which the next one overwrites."""
+        self.console(f"step:{step}/{steps} {times(step, seconds)}")
+        if sys.stdout.isatty() and step < steps:
+            left = round(seconds / step * (steps - step))
+            self.console(f"{100 * step // steps}% done, {left // 60}:{left % 60:02} left", end="")
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def times(step: int, seconds: float) -> str:
+    average = 1000 * seconds / step if step else math.nan
+    return f"train_time:{seconds:.3f}s step_avg:{average:.2f}ms"
+
+
+####################################################################################################
+#                                                Run                                               #
+####################################################################################################
+
+
+@dataclass(frozen=True)
+class World:
+    """Under torchrun a group (NCCL between GPUs, gloo between CPUs), otherwise one process."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.cuda else self.device.type
+
+    def join(self) -> None:
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        if "RANK" in os.environ:
+            how = ("nccl", self.device) if self.cuda else ("gloo", None)
+            dist.init_process_group(how[0], device_id=how[1])
+
+    def synchronize(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def all_reduce(self, tensor: Tensor, op: str = "SUM") -> Tensor:
+        if dist.is_initialized():
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
+        return tensor
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The first of cuda, mps and cpu (or just the wanted one) on which one real product works."""
+    for kind in [wanted] if wanted else ["cuda", "mps", "cpu"]:
+        try:
+            index = int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None
+            device = torch.device(kind, index)
+            (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item()
+            return device
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without it
+            reason = str(error).split("\n")[0]
+    raise ValueError(f"device {wanted!r} does not work here, {reason}: choose another --device")
+
+
+def crossing(points: list[tuple[int, float, float]], target: float) -> dict | None:
+    """If the last (step, loss, seconds) is the first at the target: it, and the point between."""
+    (step0, loss0, time0), (step, loss, seconds) = points[max(len(points) - 2, 0)], points[-1]
+    if loss > target or any(earlier <= target for _, earlier, _ in points[:-1]):
+        return None
+    part = (loss0 - target) / (loss0 - loss) if loss0 > loss else 1.0
+    between = (step0 + part * (step - step0), time0 + part * (seconds - time0))
+    names = ("loss", "step", "train_time", "crossing_step", "crossing_time")
+    return dict(zip(names, (round(x, 3) for x in (target, step, seconds, *between)), strict=True))
+
+
+class Trainer:
+    """Model, optimizers and validation tokens, compiled once for all trials."""
+
+    def __init__(self, config: Config, world: World, shards: list[Path], val_shard: Path) -> None:
+        self.config, self.world, self.shards = config, world, shards
+        self.model = build_model(config, world.device)
+        self.optimizers = self.adamw, self.matrix = build_optimizers(self.model, config)
+        val = open_shard(val_shard, config.vocab_size)[: config.val_tokens + 1]
+        self.val = val.to(torch.int32).to(world.device)
+
+    def microbatches(self, tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64."""
+        inputs, targets = tokens[:-1].long(), tokens[1:].long()
+        for at in range(0, len(inputs), rows * self.config.row_tokens):
+            part = slice(at, at + rows * self.config.row_tokens)
+            yield inputs[part].view(rows, -1), targets[part].view(rows, -1)
+
+    def forward_backward(self, tokens: Tensor, rows: int) -> Tensor:
+        """Adds the gradient of the summed loss of the rank's tokens; returns that loss."""
+        total = torch.zeros((), device=tokens.device)
+        for inputs, targets in self.microbatches(tokens, rows):
+            loss = self.model(inputs, targets)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def optimizer_step(self, step: int) -> None:
+        """Steps count from 0. The learning rate is constant, then falls linearly to zero."""
+        factor = min(1.0, (1 - step / self.config.steps) / self.config.cooldown)
+        for group in (group for opt in self.optimizers for group in opt.param_groups):
+            group["lr"] = group["initial_lr"] * factor
+        pending = self.launch_reduce() if dist.is_initialized() else []
+        self.matrix.step()  # reduces the gradients of its own parameters
+        for work, buffer, parts in pending:
+            work.wait()
+            if parts:
+                torch._foreach_copy_(parts, list(buffer.split([g.numel() for g in parts])))
+        self.adamw.step()
+        for opt in self.optimizers:
+            opt.zero_grad(set_to_none=True)
+
+    def launch_reduce(self) -> list[tuple[dist.Work, Tensor, list[Tensor]]]:
+        """Starts to sum AdamW's gradients over ranks; the 1-D ones share one buffer."""
+        grads = [p.grad for group in self.adamw.param_groups for p in group["params"]]
+        small = [g for g in grads if g.ndim < 2]
+        buffers = [(g, []) for g in grads if g.ndim == 2] + [(torch.cat(small), small)]
+        return [(dist.all_reduce(flat, async_op=True), flat, parts) for flat, parts in buffers]
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over the validation tokens; each rank takes a contiguous slice of them."""
+        local = self.config.val_tokens // self.world.size
+        mine = self.val[self.world.rank * local : (self.world.rank + 1) * local + 1]
+        rows = math.gcd(self.rows, local // self.config.row_tokens)
+        total = torch.stack([self.model(*batch) for batch in self.microbatches(mine, rows)])
+        total = total.cpu().double().sum().to(self.world.device if self.world.size > 1 else "cpu")
+        return self.world.all_reduce(total).item() / self.config.val_tokens
+
+    def warm_up(self) -> None:
+        """Compiles and runs everything on weights, tokens and state that are thrown away.
+
+        Settles the rows of a microbatch: the most that fit the memory of every rank.
+        """
+        initialise(self.model, seed=0)
+        per_rank = self.config.batch_tokens // self.world.size // self.config.row_tokens
+        most = self.config.rows or (64 if self.world.cuda else 8)
+        for rows in (rows for rows in range(most, 0, -1) if per_rank % rows == 0):
+            tokens = self.val[:1].expand(2 * rows * self.config.row_tokens + 1)
+            fits = torch.ones((), device=self.world.device)
+            try:
+                self.forward_backward(tokens, rows)
+            except torch.OutOfMemoryError:
+                fits -= 1
+            if self.world.all_reduce(fits, "MIN").item() == 1:
+                self.rows = rows
+                self.optimizer_step(0)
+                self.validate()
+                return
+            self.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        raise MemoryError("not even one row fits the memory: use more GPUs or another --device")
+
+    def reset(self, seed: int) -> None:
+        """As newly built: weights of this seed, optimizers without state."""
+        initialise(self.model, seed)
+        self.adamw.state.clear()
+        self.matrix.reset()
+        if self.world.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def step(self, step: int, tokens: Tensor) -> Tensor:
+        if self.world.cuda:
+            tokens = tokens.pin_memory()  # a copy from pageable memory would wait for the device
+        self.matrix.before_forward()
+        loss = self.forward_backward(tokens.to(self.world.device, non_blocking=True), self.rows)
+        self.optimizer_step(step)
+        return loss
+
+    def train(self, log: Log) -> str:
+        """From reset weights to the last step; returns "complete" or what stopped it."""
+        config, world, never = self.config, self.world, self.config.steps + 1
+        batches = train_batches(self.shards, config, world.rank, world.size)
+        bad_step = torch.full((), never, device=world.device)  # the first with a non-finite loss
+        points, seconds, since = [], 0.0, time.perf_counter()
+        for step in range(config.steps + 1):
+            every = config.val_every if 10 * step < 9 * config.steps else config.val_every // 5
+            if step == config.steps or step % max(every, 1) == 0:
+                world.synchronize()
+                seconds += time.perf_counter() - since if step else 0.0
+                with self.matrix.readout():
+                    loss = self.validate()
+                log.validation(step, config.steps, loss, seconds)
+                first_bad = int(world.all_reduce(bad_step.clone(), "MIN"))
+                if first_bad < never or not math.isfinite(loss):
+                    return f"non-finite loss at step {min(first_bad, step)}"
+                points.append((step, loss, seconds))
+                if reached := crossing(points, config.target):
+                    log.record("target", **reached)
+                world.synchronize()
+                since = time.perf_counter()
+            if step < config.steps:
+                loss = self.step(step, next(batches))
+                bad_step = torch.where(loss.isfinite() | (bad_step < never), bad_step, step + 1)
+                if step == 0:
+                    log.record("optim", step=1, groups=read_back(self.optimizers))
+                log.progress(step + 1, config.steps, seconds + time.perf_counter() - since)
+        return "complete"
+
+    def ranks_agree(self) -> bool:
+        """Whether all ranks hold the same parameters, bit for bit: the sum over each one's bits."""
+        bits = {4: torch.int32, 2: torch.int16}
+        params = (p.detach() for p in self.model.parameters())
+        sums = torch.stack([p.view(bits[p.element_size()]).sum() for p in params])
+        return torch.equal(*(self.world.all_reduce(sums.clone(), op) for op in ("MIN", "MAX")))
+
+    @torch.no_grad()
+    def sample(self, prompt: bytes) -> str:
+        """Text from a byte model, drawn at temperature 0.7."""
+        generator, ids = torch.Generator().manual_seed(self.config.seed), [256, *prompt]
+        for _ in range(self.config.sample_tokens):
+            context = torch.tensor([ids[-self.config.row_tokens :]], device=self.world.device)
+            logits = self.model.logits(self.model.trunk(context)[:, -1])[0, :256].cpu() / 0.7
+            ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+        return bytes(ids[1:]).decode("utf-8", errors="replace")
+
+
+def run_trials(trainer: Trainer, argv: list[str]) -> str:
+    """All seeds; returns the status of the last."""
+    config, world = trainer.config, trainer.world
+    trainer.warm_up()
+    start_s = round(time.perf_counter() - STARTED, 3)
+    for seed in range(config.seed, config.seed + config.trials):
+        trainer.reset(seed)
+        names = [path.name for path in trainer.shards]
+        log = Log(config, seed, world, argv=argv, shards=names)
+        status = trainer.train(log)
+        peak_gib = round(torch.cuda.max_memory_allocated() / 2**30, 3) if world.cuda else None
+        facts = dict(rows=trainer.rows, peak_gib=peak_gib, start_s=start_s)
+        log.record("end", status=status, ranks_agree=trainer.ranks_agree(), **facts)
+        if config.sample_tokens and status == "complete":
+            log.console(f"\nA sample of the model's text:\n{trainer.sample(b'def ')}\n")
+        log.console(f"{config.optimizer}, seed {seed}: {status}; the log is {log.path}")
+        log.close()
+        if status != "complete":
+            break
+    return status
+
+
+def main(argv: list[str]) -> int:
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        config = parse_config(argv)
+        check_config(config, size)
+        shards, val_shard = check_data(config)
+        if not config.target and (manifest := val_shard.with_name("manifest.json")).is_file():
+            config = replace(config, target=json.loads(manifest.read_text()).get("target", 0.0))
+        world = World(rank, size, choose_device(config.device))
+        world.join()
+        trainer = Trainer(config, world, shards, val_shard)
+    except (ValueError, FileNotFoundError) as error:
+        if rank == 0:
+            print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 2
+    status = run_trials(trainer, argv)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0 if status == "complete" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
