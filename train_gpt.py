@@ -97,11 +97,10 @@ def parse_config(argv: list[str]) -> Config:
     parser.error = fail  # main prints one sentence, on one rank
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(action="append")}
     for f in FLAGS:
-        kind, flag = kinds.get(f.type, dict(type=f.type)), "--" + f.name.replace("_", "-")
-        names = (flag, "--log-file") if f.name == "log" else (flag,)  # torchrun has --log-dir
-        parser.add_argument(*names, help=comments[f.name], default=argparse.SUPPRESS, **kind)
+        flags = ["--" + f.name.replace("_", "-")] + ["--log-file"] * (f.name == "log")
+        how = kinds.get(f.type, dict(type=f.type)) | dict(default=argparse.SUPPRESS)
+        parser.add_argument(*flags, help=comments[f.name], **how)
     given = vars(parser.parse_args(argv))
-    given["set"] = tuple(given.get("set", ()))
     for name, known in (("preset", PRESETS), ("optimizer", OPTIMIZERS)):
         if given.setdefault(name, getattr(Config, name)) not in known:
             fail(f"unknown {name} {given[name]!r}, choose one of {', '.join(known)}")
@@ -322,9 +321,9 @@ def initialise(model: GPT, seed: int) -> None:
 #                                            Optimizers                                            #
 ####################################################################################################
 
-MATRICES = dict(lr=0.025, weight_decay=0.05, momentum=0.95)  # all of these: track-3 entry #36
+# The settings of track-3 entry #36; the learning rates of AdamW's groups stand with the groups.
+MATRICES = dict(lr=0.025, weight_decay=0.05, momentum=0.95)
 ADAMW = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001)
-ADAMW_LR = dict(embed=0.7, head=0.004, scalars=0.015)
 
 
 def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
@@ -335,14 +334,14 @@ def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
         dict(name="fc", neuron_axis=0, params=[p for name, p in named if ".mlp.fc." in name]),
         dict(name="proj", neuron_axis=1, params=[p for name, p in named if ".mlp.proj." in name]),
     ]
-    others = dict(embed=[model.embed.weight], head=[model.head.weight],
-                  scalars=[p for p in model.parameters() if p.ndim < 2])  # fmt: skip
-    others = [dict(name=name, params=ps, lr=ADAMW_LR[name]) for name, ps in others.items()]
-    how = dict(dtype=getattr(torch, config.dtype), compile=None if config.compile else False)
-    optimizers = [
-        torch.optim.AdamW(others, fused=True, **ADAMW),
-        OPTIMIZERS[config.optimizer](matrices, **MATRICES, **how),
+    others = [
+        dict(name="embed", lr=0.7, params=[model.embed.weight]),
+        dict(name="head", lr=0.004, params=[model.head.weight]),
+        dict(name="scalars", lr=0.015, params=[p for p in model.parameters() if p.ndim < 2]),
     ]
+    adamw = torch.optim.AdamW(others, fused=True, **ADAMW)
+    how = dict(dtype=getattr(torch, config.dtype), compile=None if config.compile else False)
+    optimizers = [adamw, OPTIMIZERS[config.optimizer](matrices, **MATRICES, **how)]
     owned = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
     assert len(owned) == len(set(owned)), "a parameter has two optimizers"
     assert set(owned) == set(model.parameters()), "a parameter has no optimizer"
@@ -352,13 +351,13 @@ def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
 def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Config) -> None:
     """Applies --set, by group or by optimizer (all groups of it), and --lr-scale."""
-    groups = [group for opt in optimizers for group in opt.param_groups]
-    named = {name_of(opt): opt.param_groups for opt in optimizers}
+    named = {type(opt).__name__.lower(): opt.param_groups for opt in optimizers}
+    groups = [group for some in named.values() for group in some]
     named |= {group["name"]: [group] for group in groups}
     keys = {name: sorted(some[0].keys() - {"params", "name"}) for name, some in named.items()}
     for setting in config.set:
-        name, _, rest = setting.partition(".")
-        key, _, text = rest.partition("=")
+        where, _, text = setting.partition("=")
+        name, _, key = where.partition(".")
         if key not in keys.get(name, []):
             raise ValueError(f"--set {setting}: expected group.name=value with one of {keys}")
         for group in named[name]:
@@ -371,17 +370,10 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
         group["initial_lr"] = group["lr"] = group["lr"] * config.lr_scale
 
 
-def name_of(optimizer: torch.optim.Optimizer) -> str:
-    return type(optimizer).__name__.lower()
-
-
 def read_back(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
     """The hyperparameters that the optimizers use, from their groups and not from the plan."""
-    return [
-        {"optimizer": name_of(opt), "parameters": sum(p.numel() for p in group["params"])}
-        | {key: value for key, value in group.items() if key != "params"}
-        for opt in optimizers for group in opt.param_groups
-    ]  # fmt: skip
+    groups = [(type(opt).__name__.lower(), g) for opt in optimizers for g in opt.param_groups]
+    return [{"optimizer": name} | {k: g[k] for k in g if k != "params"} for name, g in groups]
 
 
 ####################################################################################################
@@ -425,12 +417,11 @@ def flatten(script: Path) -> str:
 
 def output_of(*command: str) -> str:
     """What a command prints, run beside this file; nothing where it is missing or fails."""
+    here = Path(__file__).resolve().parent
     try:
-        here = Path(__file__).resolve().parent
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout.strip()
 
 
 def log_path(config: Config, seed: int) -> Path:
@@ -446,17 +437,17 @@ class Log:
         self.path, self.file, self.wandb = log_path(config, seed), None, None
         if world.rank > 0:
             return
-        source = flatten(Path(__file__).resolve())
+        source, device = flatten(Path(__file__).resolve()), world.device_name()
         tracked = output_of("git", "ls-files", "--error-unmatch", Path(__file__).name)
         meta |= dict(
             format=1, preset=config.preset, optimizer=config.optimizer, seed=seed,
             config=asdict(config), code_sha256=hashlib.sha256(source.encode()).hexdigest(),
-            commit=output_of("git", "rev-parse", "HEAD") if tracked else "unknown",
+            commit=output_of("git", "rev-parse", "HEAD").strip() if tracked else "unknown",
             dirty=bool(output_of("git", "status", "--porcelain", "-uno")) if tracked else None,
-            device=world.name, world_size=world.size, torch=torch.__version__,
+            device=device, world_size=world.size, torch=torch.__version__,
         )  # fmt: skip
         versions = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}), Python {sys.version}"
-        running = f"Running {versions} on {world.name} with world_size {world.size}"
+        running = f"Running {versions} on {device} with world_size {world.size}"
         header = [RULE, running, output_of("nvidia-smi"), f"meta: {json.dumps(meta)}", RULE]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("x", buffering=1)
@@ -466,40 +457,31 @@ class Log:
 
             self.wandb = wandb.init(project="aurora-speedrun", name=self.path.stem, config=meta)
 
-    def console(self, text: str, end: str = "\n") -> None:
+    def say(self, text: str, file: bool = True, end: str = "\n") -> None:
         if self.file:
             print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)
-
-    def line(self, text: str) -> None:
-        if self.file:
-            self.file.write(text + "\n")
-        self.console(text)
+            self.file.write(text + "\n" if file else "")
 
     def record(self, key: str, **values) -> None:
-        self.line(f"{key}: {json.dumps(values, default=str)}")
+        self.say(f"{key}: {json.dumps(values, default=str)}")
 
-    def validation(self, step: int, steps: int, loss: float, seconds: float) -> None:
-        self.line(f"step:{step}/{steps} val_loss:{loss:.5f} {times(step, seconds)}")
-        if self.wandb:
-            self.wandb.log({"val_loss": loss, "train_time": seconds}, step=step)
-
-    def progress(self, step: int, steps: int, seconds: float) -> None:
-        """After each step; on a terminal also a last line, which the next one overwrites."""
-        self.console(f"step:{step}/{steps} {times(step, seconds)}")
-        if sys.stdout.isatty() and step < steps:
+    def step(self, step: int, steps: int, seconds: float, val_loss: float | None = None) -> None:
+        """A validated step; or any other: console only, on a terminal with the time left."""
+        loss = "" if val_loss is None else f"val_loss:{val_loss:.5f} "
+        average = 1000 * seconds / step if step else math.nan
+        times = f"train_time:{seconds:.3f}s step_avg:{average:.2f}ms"
+        self.say(f"step:{step}/{steps} {loss}{times}", file=bool(loss))
+        if loss and self.wandb:
+            self.wandb.log({"val_loss": val_loss, "train_time": seconds}, step=step)
+        if not loss and sys.stdout.isatty():
             left = round(seconds / step * (steps - step))
-            self.console(f"{100 * step // steps}% done, {left // 60}:{left % 60:02} left", end="")
+            self.say(f"{left // 60}:{left % 60:02} left", file=False, end="")
 
     def close(self) -> None:
         if self.file:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def times(step: int, seconds: float) -> str:
-    average = 1000 * seconds / step if step else math.nan
-    return f"train_time:{seconds:.3f}s step_avg:{average:.2f}ms"
 
 
 ####################################################################################################
@@ -515,20 +497,16 @@ class World:
     size: int
     device: torch.device
 
-    @property
-    def cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.cuda else self.device.type
-
     def join(self) -> None:
-        if self.cuda:
-            torch.cuda.set_device(self.device)
+        cuda = self.device if self.device.type == "cuda" else None
+        if cuda:
+            torch.cuda.set_device(cuda)
         if "RANK" in os.environ:
-            how = ("nccl", self.device) if self.cuda else ("gloo", None)
-            dist.init_process_group(how[0], device_id=how[1])
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
+
+    def device_name(self) -> str:
+        kind = self.device.type
+        return torch.cuda.get_device_name(self.device) if kind == "cuda" else kind
 
     def synchronize(self) -> None:
         if dist.is_initialized():
@@ -597,22 +575,18 @@ class Trainer:
         factor = min(1.0, (1 - step / self.config.steps) / self.config.cooldown)
         for group in (group for opt in self.optimizers for group in opt.param_groups):
             group["lr"] = group["initial_lr"] * factor
-        pending = self.launch_reduce() if dist.is_initialized() else []
-        self.matrix.step()  # reduces the gradients of its own parameters
-        for work, buffer, parts in pending:
+        grads = [p.grad for group in self.adamw.param_groups for p in group["params"]]
+        small = [g for g in grads if g.ndim < 2]  # the 1-D ones travel together
+        buffers = [torch.cat(small), *(g for g in grads if g.ndim == 2)] * dist.is_initialized()
+        works = [dist.all_reduce(buffer, async_op=True) for buffer in buffers]
+        self.matrix.step()  # sums the gradients of its own parameters
+        for work in works:
             work.wait()
-            if parts:
-                torch._foreach_copy_(parts, list(buffer.split([g.numel() for g in parts])))
+        if works:
+            torch._foreach_copy_(small, list(buffers[0].split([len(g) for g in small])))
         self.adamw.step()
         for opt in self.optimizers:
             opt.zero_grad(set_to_none=True)
-
-    def launch_reduce(self) -> list[tuple[dist.Work, Tensor, list[Tensor]]]:
-        """Starts to sum AdamW's gradients over ranks; the 1-D ones share one buffer."""
-        grads = [p.grad for group in self.adamw.param_groups for p in group["params"]]
-        small = [g for g in grads if g.ndim < 2]
-        buffers = [(g, []) for g in grads if g.ndim == 2] + [(torch.cat(small), small)]
-        return [(dist.all_reduce(flat, async_op=True), flat, parts) for flat, parts in buffers]
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -631,7 +605,7 @@ class Trainer:
         """
         initialise(self.model, seed=0)
         per_rank = self.config.batch_tokens // self.world.size // self.config.row_tokens
-        most = self.config.rows or (64 if self.world.cuda else 8)
+        most = self.config.rows or (64 if self.world.device.type == "cuda" else 8)
         for rows in (rows for rows in range(most, 0, -1) if per_rank % rows == 0):
             tokens = self.val[:1].expand(2 * rows * self.config.row_tokens + 1)
             fits = torch.ones((), device=self.world.device)
@@ -653,11 +627,11 @@ class Trainer:
         initialise(self.model, seed)
         self.adamw.state.clear()
         self.matrix.reset()
-        if self.world.cuda:
+        if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def step(self, step: int, tokens: Tensor) -> Tensor:
-        if self.world.cuda:
+        if self.world.device.type == "cuda":
             tokens = tokens.pin_memory()  # a copy from pageable memory would wait for the device
         self.matrix.before_forward()
         loss = self.forward_backward(tokens.to(self.world.device, non_blocking=True), self.rows)
@@ -669,7 +643,7 @@ class Trainer:
         config, world, never = self.config, self.world, self.config.steps + 1
         batches = train_batches(self.shards, config, world.rank, world.size)
         bad_step = torch.full((), never, device=world.device)  # the first with a non-finite loss
-        points, seconds, since = [], 0.0, time.perf_counter()
+        points, seconds, since = [], 0.0, 0.0  # the clock is since, and seconds before that
         for step in range(config.steps + 1):
             every = config.val_every if 10 * step < 9 * config.steps else config.val_every // 5
             if step == config.steps or step % max(every, 1) == 0:
@@ -677,7 +651,7 @@ class Trainer:
                 seconds += time.perf_counter() - since if step else 0.0
                 with self.matrix.readout():
                     loss = self.validate()
-                log.validation(step, config.steps, loss, seconds)
+                log.step(step, config.steps, seconds, loss)
                 first_bad = int(world.all_reduce(bad_step.clone(), "MIN"))
                 if first_bad < never or not math.isfinite(loss):
                     return f"non-finite loss at step {min(first_bad, step)}"
@@ -691,7 +665,7 @@ class Trainer:
                 bad_step = torch.where(loss.isfinite() | (bad_step < never), bad_step, step + 1)
                 if step == 0:
                     log.record("optim", step=1, groups=read_back(self.optimizers))
-                log.progress(step + 1, config.steps, seconds + time.perf_counter() - since)
+                log.step(step + 1, config.steps, seconds + time.perf_counter() - since)
         return "complete"
 
     def ranks_agree(self) -> bool:
@@ -719,15 +693,14 @@ def run_trials(trainer: Trainer, argv: list[str]) -> str:
     start_s = round(time.perf_counter() - STARTED, 3)
     for seed in range(config.seed, config.seed + config.trials):
         trainer.reset(seed)
-        names = [path.name for path in trainer.shards]
-        log = Log(config, seed, world, argv=argv, shards=names)
+        log = Log(config, seed, world, argv=argv, shards=[path.name for path in trainer.shards])
         status = trainer.train(log)
-        peak_gib = round(torch.cuda.max_memory_allocated() / 2**30, 3) if world.cuda else None
-        facts = dict(rows=trainer.rows, peak_gib=peak_gib, start_s=start_s)
+        peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
+        facts = dict(rows=trainer.rows, peak_gib=round(peak / 2**30, 3), start_s=start_s)
         log.record("end", status=status, ranks_agree=trainer.ranks_agree(), **facts)
         if config.sample_tokens and status == "complete":
-            log.console(f"\nA sample of the model's text:\n{trainer.sample(b'def ')}\n")
-        log.console(f"{config.optimizer}, seed {seed}: {status}; the log is {log.path}")
+            log.say(f"\nA sample of the model's text:\n{trainer.sample(b'def ')}\n", file=False)
+        log.say(f"{config.optimizer}, seed {seed}: {status}; the log is {log.path}", file=False)
         log.close()
         if status != "complete":
             break

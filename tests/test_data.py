@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.shards import (
     write_manifest,
     write_shard,
 )
+from data.tokenize_text import encode_all
 
 ROOT = Path(__file__).resolve().parent.parent
 TIKTOKEN_CACHE = ROOT.parent / "shared" / "tiktoken_cache"
@@ -306,6 +308,24 @@ def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
         assert result.returncode == 0, result.stderr
     one, two = (read_manifest(tmp_path / name)["shards"] for name in "12")
     assert one == two and len(one) == 3
+
+
+def test_batches_keep_their_order_and_are_not_read_far_ahead() -> None:
+    """Pool.imap, the usual way to do this, reads the whole corpus into memory if one process lags
+    or the disk is slow. At most four batches may wait for two processes, and one is being read."""
+    drawn = 0
+
+    def batches() -> Iterator[list[str]]:
+        nonlocal drawn
+        for number in range(40):
+            drawn += 1
+            yield [f"{number}", "x" * (300_000 if number % 5 == 0 else 10)]
+
+    for number, (first, second) in enumerate(encode_all(batches(), "bytes", 2)):
+        assert bytes(first[1:].astype(np.uint8)).decode() == f"{number}"
+        assert len(second) == (300_001 if number % 5 == 0 else 11)
+        assert drawn <= number + 1 + 4
+    assert drawn == 40 and number == 39
 
 
 def test_gpt2_tokens_decode_to_the_text(texts: Path, tmp_path: Path) -> None:
