@@ -359,7 +359,8 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
         where, _, text = setting.partition("=")
         name, _, key = where.partition(".")
         if key not in keys.get(name, []):
-            raise ValueError(f"--set {setting}: expected group.name=value with one of {keys}")
+            known = f"names of {name}: {keys[name]}" if name in keys else f"groups: {list(keys)}"
+            raise ValueError(f"--set {setting}: expected group.name=value; {known}")
         for group in named[name]:
             try:
                 value = text if isinstance(group[key], str) else ast.literal_eval(text)
