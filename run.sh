@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# From a fresh clone to a training run on what this machine has.
+#
+#   ./run.sh                                # 1, 2, 4 or 8 GPUs: FineWeb to 3.28; none: the demo
+#   ./run.sh --optimizer aurora --trials 2  # all arguments are train_gpt.py's, see --help
+#   ./run.sh --preset prose --data DIR      # a chosen preset or folder stays as it is
+#
+# What is missing is installed into .venv and fetched into data/ first, once. Relative paths start
+# at the repository. The exit code is the trainer's: 0, 1 (the run failed) or 2 (a mistake, named).
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+. tools/setup.sh
+
+help() {  # the trainer's, or what the files say while there is no torch to run it
+    for python in python3 .venv/bin/python; do
+        "$python" train_gpt.py --help 2>/dev/null && exit
+    done
+    sed -n 's/^#\( \|$\)//p' run.sh
+    sed -n '/^class Config/,/ wandb:/p' train_gpt.py
+    exit 0
+}
+
+plan() {  # ARGUMENTS: usable GPUs, what chooses the data (default, data or a preset), why no GPU
+    "$python" - "$@" <<'END'
+import sys
+import torch
+from train_gpt import parse_config
+try:
+    config = parse_config(sys.argv[1:])  # a mistyped flag is found before anything is fetched
+except ValueError as error:
+    sys.exit(print(f"train_gpt.py: {error}", file=sys.stderr) or 2)
+given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+choice = "data" if "--data" in given else config.preset if "--preset" in given else "default"
+gpus, reason = torch.cuda.device_count(), f"PyTorch {torch.__version__} sees none"
+if config.device not in ("", "cuda"):
+    gpus, reason = 0, f"--device {config.device}"
+elif gpus:
+    try:
+        torch.ones(1, device="cuda").sum().item()  # counting works without a working driver
+    except RuntimeError as error:
+        gpus, reason = 0, str(error).split("\n")[0]
+print(min(gpus, 1) if config.preset == "demo" else gpus, choice, reason)
+END
+}
+
+embedded_default() {  # REASON
+    say "$1, so this is the embedded default: a small model on Python's own source, --preset demo"
+    choice=demo gpus=1 fallback=yes
+}
+
+fineweb() {  # the benchmark's shards, unless they are here
+    setup numpy
+    "$python" data/cached_fineweb10B.py 18 --offline 2>/dev/null && return
+    if [ "$choice" = default ] && ! reachable "${HF_ENDPOINT:-https://huggingface.co}"; then
+        embedded_default "FineWeb is not here and huggingface.co does not answer"
+    else
+        setup 'numpy|huggingface_hub'
+        "$python" data/cached_fineweb10B.py 18
+    fi
+}
+
+launch() {  # ARGUMENTS
+    local n=8
+    while ((n > 1 && n > gpus)); do ((n /= 2)); done
+    ((n > 1)) || exec "$python" train_gpt.py "$@"
+    say "training on $n of $gpus GPUs"
+    # This is torchrun. Without -- it would take our --log for an abbreviation of its own --log-dir.
+    exec "$python" -m torch.distributed.run --standalone --nproc_per_node=$n -- train_gpt.py "$@"
+}
+
+[[ " $* " != *" --help "* && " $* " != *" -h "* ]] || help
+setup torch
+plan=$(plan "$@")
+read -r gpus choice reason <<<"$plan"
+fallback=
+((gpus)) || [ "$choice" != default ] || embedded_default "No usable GPU ($reason)"
+case $choice in default | track3) fineweb ;; esac
+if [ "$choice" = demo ]; then
+    setup numpy
+    "$python" data/embedded.py
+fi
+[ -z "$fallback" ] || set -- --preset demo "$@"
+launch "$@"
