@@ -23,7 +23,7 @@ from data.shards import write_shard
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
     train_gpt.PRESETS["demo"], vocab_size=257, layers=2, width=32, head_dim=16, row_tokens=32,
-    batch_tokens=512, val_tokens=256, val_every=2, steps=4, rows=2, sample_tokens=0,
+    batch_tokens=512, val_tokens=512, val_every=2, steps=4, rows=2, sample_tokens=0,
 )  # fmt: skip
 torch.set_num_threads(1)
 

@@ -77,7 +77,7 @@ def measure(name: str, device: torch.device, repeats: int) -> dict:
     else:
         opt = OPTIMIZERS[name](groups)
         momentum = uneven_momentum(3072, 768).float().to(device)[None]
-        group = opt.param_groups[1]
+        group = next(g for g in opt.param_groups if g["name"] == "fc")
         facts = exactness(opt.update(momentum, opt.init_state(momentum), group)[0])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -48,7 +48,7 @@ def measure(config: train_gpt.Config, world: train_gpt.World, steps: int) -> dic
         trainer.step(step, next(batches))
     world.synchronize()
     step_s = (time.perf_counter() - started) / steps
-    peak = torch.cuda.max_memory_allocated() / 2**30 if world.cuda else 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
     optimizer_s = []
     for _ in range(7):
         for p in trainer.model.parameters():
@@ -57,7 +57,8 @@ def measure(config: train_gpt.Config, world: train_gpt.World, steps: int) -> dic
         optimizer_s.append(seconds_of(lambda: trainer.optimizer_step(1), world.device))
     facts = dict(
         tokens_per_s=config.batch_tokens / step_s, step_ms=1000 * step_s, peak_gib=peak,
-        start_s=start_s, optimizer_ms=1000 * sorted(optimizer_s)[3], rows=trainer.rows,
+        start_s=start_s, optimizer_ms=1000 * sorted(optimizer_s)[3],
+        microbatch_rows=trainer.rows,
     )  # fmt: skip
     return {key: float(f"{value:.6g}") for key, value in facts.items()}
 
@@ -80,10 +81,14 @@ def main() -> None:
     config = dataclasses.replace(config, data=str(folder), wrap=True)
     facts = measure(config, world, args.bench_steps)
     if rank == 0:
+        torchrun = f"torchrun --standalone --nproc_per_node={size}"
+        launcher = [torchrun if dist.is_initialized() else "python"]
         line = dict(
-            bench="trainer", device=world.name, gpus=size, torch=torch.__version__, commit=commit(),
-            command="tools/bench_trainer.py " + " ".join(rest), preset=config.preset,
-            optimizer=config.optimizer, batch_tokens=config.batch_tokens, **facts,
+            bench="trainer", device=world.device_name(), gpus=size, torch=torch.__version__,
+            commit=commit(),
+            command=" ".join([*launcher, "tools/bench_trainer.py", *rest]),
+            preset=config.preset, optimizer=config.optimizer, batch_tokens=config.batch_tokens,
+            **facts,
         )  # fmt: skip
         print(line)
         append_line(args.out, line)

@@ -1,0 +1,47 @@
+"""The benches run on the CPU through the same code, and what they print is what a GPU would add."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def last_line(path: Path) -> dict:
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_trainer_bench_measures_a_small_preset_with_one_and_two_ranks(tmp_path, ranks):
+    """Once it read an attribute that the trainer had lost, and a device run came back empty."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    small = "--preset demo --batch-tokens 2048 --val-tokens 2048 --rows 2".split()
+    out = tmp_path / "trainer.jsonl"
+    launcher = [sys.executable, *(torchrun if ranks == 2 else [])]
+    command = [*launcher, str(ROOT / "tools/bench_trainer.py"), *small]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--bench-steps", "2", "--out", str(out)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    line = last_line(out)
+    assert (line["bench"], line["gpus"], line["preset"]) == ("trainer", ranks, "demo")
+    assert line["microbatch_rows"] == 2
+    assert 0 < line["optimizer_ms"] < line["step_ms"]
+    assert line["tokens_per_s"] == pytest.approx(2048 / line["step_ms"] * 1000, rel=1e-3)
+
+
+def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import bench_optimizers as bench
+    import torch
+
+    monkeypatch.setattr(bench, "SHAPES", [("fc", (96, 24), 2, 0), ("proj", (24, 96), 2, 1)])
+    muon, aurora = (bench.measure(name, torch.device("cpu"), 3) for name in ("muon", "aurora"))
+    assert muon["ms"] > 0 and aurora["ms"] > 0
+    assert aurora["rms_sigma"] < 0.05
+    assert aurora["row_sq_cv"] < muon["row_sq_cv"] / 3
