@@ -6,6 +6,4 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 setup . tools dev
 "$python" -m ruff check .
-# Two workers, so one thread each: more would wait for each other's cores, and many times as long.
-export OMP_NUM_THREADS=1
 exec "$python" -m pytest -q -n 2 "$@"

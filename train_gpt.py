@@ -81,8 +81,8 @@ PRESETS = {
         wrap=True, get_data="python data/tokenize_text.py YOUR_TEXTS --out data/prose",
     ),
     "demo": dict(
-        data="data/embedded", steps=400, target=0.0, rows=16, batch_tokens=4096, val_tokens=262_144,
-        val_every=50, vocab_size=257, layers=4, width=128, head_dim=64, row_tokens=256, wrap=True,
+        data="data/embedded", steps=260, target=0.0, batch_tokens=4096, val_tokens=131_072,
+        val_every=130, vocab_size=257, layers=4, width=128, head_dim=64, row_tokens=256, wrap=True,
         dtype="float32", sample_tokens=400, get_data="python data/embedded.py",
     ),
 }  # fmt: skip
@@ -108,8 +108,9 @@ def parse_config(argv: list[str]) -> Config:
 
 
 def check_config(config: Config, world_size: int) -> None:
-    if min(config.steps, config.trials, config.val_every, config.batch_tokens, config.rows + 1) < 1:
-        raise ValueError("steps, trials, val-every, batch-tokens must be 1 or more, rows 0 or more")
+    for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows"):
+        if getattr(config, name) < (name != "rows"):
+            raise ValueError(f"{name} is {getattr(config, name)}: expected a positive number")
     unit = world_size * max(config.rows, 1) * config.row_tokens
     for name in ("batch_tokens", "val_tokens"):
         if getattr(config, name) % unit:
@@ -118,8 +119,9 @@ def check_config(config: Config, world_size: int) -> None:
                 f"{max(config.rows, 1)} rows x {config.row_tokens} tokens: change one of them"
             )
     for seed in range(config.seed, config.seed + config.trials):
-        if (path := log_path(config, seed)).exists():
-            raise ValueError(f"the log {path} exists already: name another one with --log")
+        path = log_path(config, seed)
+        if path.exists() or any(parent.is_file() for parent in path.parents):
+            raise ValueError(f"{path} exists or lies below a file: name another log with --log")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: run pip install wandb")
 
@@ -346,6 +348,7 @@ def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     assert len(owned) == len(set(owned)), "a parameter has two optimizers"
     assert set(owned) == set(model.parameters()), "a parameter has no optimizer"
     change_hyperparameters(optimizers, config)
+    optimizers[1].deal()  # what a matrix costs may have changed
     return optimizers
 
 
@@ -362,11 +365,13 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
             known = f"names of {name}: {keys[name]}" if name in keys else f"groups: {list(keys)}"
             raise ValueError(f"--set {setting}: expected group.name=value; {known}")
         for group in named[name]:
+            old = group[key]
             try:
-                value = text if isinstance(group[key], str) else ast.literal_eval(text)
-                group[key] = float(value) if isinstance(group[key], float) else value
-            except (ValueError, SyntaxError, TypeError):
-                raise ValueError(f"--set {setting}: expected a value like {group[key]!r}") from None
+                value = text if isinstance(old, str) else ast.literal_eval(text)
+                group[key] = float(value) if isinstance(old, float) else value
+                assert old is None or type(group[key]) is type(old)
+            except (ValueError, SyntaxError, TypeError, AssertionError):
+                raise ValueError(f"--set {setting}: expected a value like {old!r}") from None
     for group in groups:
         group["initial_lr"] = group["lr"] = group["lr"] * config.lr_scale
 
@@ -406,8 +411,9 @@ def flatten(script: Path) -> str:
                         add(module)
                     for i in range(node.lineno - 1, node.end_lineno):
                         lines[i] = "#| " + lines[i]
-            targets = [n for target in getattr(node, "targets", []) for n in ast.walk(target)]
-            names = [getattr(node, "name", None)] + [getattr(n, "id", None) for n in targets]
+            targets = [*getattr(node, "targets", []), getattr(node, "target", None)]
+            assigned = [n for target in filter(None, targets) for n in ast.walk(target)]
+            names = [getattr(node, "name", None)] + [getattr(n, "id", None) for n in assigned]
             for name in filter(None, names):
                 assert owner.setdefault(name, path) == path, f"{name}: {owner[name]} and {path}"
         sections.extend([f"{MARKER}{path.relative_to(script.parent)} ====================", *lines])
@@ -678,12 +684,15 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, prompt: bytes) -> str:
-        """Text from a byte model, drawn at temperature 0.7."""
+        """Text from a byte model, drawn at temperature 0.7. One shape of input: one compilation."""
         generator, ids = torch.Generator().manual_seed(self.config.seed), [256, *prompt]
         for _ in range(self.config.sample_tokens):
-            context = torch.tensor([ids[-self.config.row_tokens :]], device=self.world.device)
-            logits = self.model.logits(self.model.trunk(context)[:, -1])[0, :256].cpu() / 0.7
-            ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+            context = torch.zeros(1, self.config.row_tokens, dtype=torch.int64)
+            recent = torch.tensor(ids[-self.config.row_tokens :])
+            context[0, : len(recent)] = recent  # what follows is not seen: attention is causal
+            x = self.model.trunk(context.to(self.world.device))[:, len(recent) - 1]
+            p = (self.model.logits(x)[0, :256].cpu() / 0.7).softmax(-1)
+            ids.append(int(torch.multinomial(p, 1, generator=generator)))
         return bytes(ids[1:]).decode("utf-8", errors="replace")
 
 

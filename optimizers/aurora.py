@@ -74,6 +74,11 @@ class Aurora(MatrixOptimizer):
         """
         long = None if shape[-2] == shape[-1] else int(shape[-1] > shape[-2])
         axis = group.get("neuron_axis", long)
+        if group["balance"] not in BALANCED_AXES or axis not in (0, 1, None) or group["rounds"] < 1:
+            raise ValueError(
+                f"balance {group['balance']!r}, neuron_axis {axis!r}, rounds {group['rounds']}: "
+                "expected fc, proj or both; 0, 1 or None; 1 or more"
+            )
         return axis if axis == long and axis in BALANCED_AXES[group["balance"]] else None
 
     def cost(self, shape: torch.Size, group: dict) -> float:

@@ -39,7 +39,7 @@ class Bucket:
         return max(map(len, self.owned))
 
 
-def deal(costs: list[float], ranks: int) -> list[int]:
+def owners_by_cost(costs: list[float], ranks: int) -> list[int]:
     """The owner of each item: largest cost first, each to the rank with the least so far."""
     load, owners = [0.0] * ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -192,7 +192,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self._cells(bucket, received), work, send
 
     def _stack(self, bucket: Bucket, matrices: list[Tensor]) -> Tensor:
-        return torch.stack(matrices) if matrices else bucket.params[0].new_empty(0)
+        shape = bucket.params[0].shape
+        return torch.stack(matrices) if matrices else bucket.params[0].new_empty(0, *shape)
 
     def _buffer(self, bucket: Bucket, dtype: torch.dtype | None = None) -> Tensor:
         shape = (self.world_size, bucket.slots, *bucket.params[0].shape)
@@ -214,10 +215,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} takes matrices, found a parameter of shape "
                     f"{tuple(p.shape)}: give it to torch.optim.AdamW instead"
                 )
-        self._deal()
+        self.deal()
 
-    def _deal(self) -> None:
-        """Buckets all parameters and deals them anew over all buckets together."""
+    def deal(self) -> None:
+        """Deals all parameters to ranks, without state; again if what `cost` reads was changed."""
         self._buckets = []
         for group in self.param_groups:
             by_kind: dict[tuple, list[Tensor]] = {}
@@ -225,7 +226,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 by_kind.setdefault((p.shape, p.dtype, p.device), []).append(p)
             self._buckets += [Bucket(group, params) for params in by_kind.values()]
         costs = [self.cost(p.shape, b.group) for b in self._buckets for p in b.params]
-        owners = iter(deal(costs, self.world_size))
+        owners = iter(owners_by_cost(costs, self.world_size))
         for bucket in self._buckets:
             bucket.owned = [[] for _ in range(self.world_size)]
             for i in range(len(bucket.params)):

@@ -75,6 +75,16 @@ def test_a_gradient_of_any_scale_gives_the_same_factor(dtype: torch.dtype) -> No
     assert torch.equal(balanced_polar(X * 2.0**-60, 2, 0.5, 12, dtype), base)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_neuron_a_trillion_times_smaller_gets_the_same_update(dtype: torch.dtype) -> None:
+    """A starved row beside healthy ones; an absolute floor of its norm would leave it starved."""
+    X = gaussian(64, 16).float()
+    small = X * torch.where(torch.arange(64) % 4 == 0, 2.0**-40, 1.0)[:, None]
+    found, base = (balanced_polar(x[None], 2, 0.5, 12, dtype) for x in (small, X))
+    assert error(found, base) < 30 * torch.finfo(dtype).eps
+    assert cv(polar(small, 12, dtype)) > 0.3
+
+
 def test_permuted_and_negated_rows_permute_and_negate_the_factor() -> None:
     X = uneven(48, 12)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(1))

@@ -215,15 +215,10 @@ def test_a_flattened_tree_runs_alone_with_each_module_once(tmp_path: Path) -> No
     assert all(found[name] == (tmp_path / name).read_text() for name in found)
 
 
-UNSEEN = pytest.mark.xfail(
-    strict=True, reason="PRODUCT BUG (small): flatten does not look at annotated assignments"
-)
-
-
 @pytest.mark.parametrize(
     "again",
     ["def f(): ...", "class f: ...", "f = 1", "f, g = 1, 2",
-     pytest.param("f: int = 1", marks=UNSEEN)],
+     "f: int = 1"],
 )  # fmt: skip
 def test_a_name_of_two_modules_is_an_error(tmp_path: Path, again: str) -> None:
     """The later one would silently replace the earlier one in the flattened script."""

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by run.sh and test.sh at the root of the repository: finds or makes a Python that has what
+# Sourced by run.sh and test.sh, under set -e, at the root: finds or makes a Python that has what
 # they need, and names it in $python. A python3 that has it (a container's, a cluster's, an active
 # environment's) is used as it is; otherwise .venv is. .venv/installed, written last, lists what is
 # complete. Empty, it marks an interrupted installation, to be made anew; without it .venv is yours,
