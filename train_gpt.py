@@ -109,8 +109,8 @@ def parse_config(argv: list[str]) -> Config:
 
 def check_config(config: Config, world_size: int) -> None:
     for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows"):
-        if getattr(config, name) < (name != "rows"):
-            raise ValueError(f"{name} is {getattr(config, name)}: expected a positive number")
+        if getattr(config, name) < (least := int(name != "rows")):
+            raise ValueError(f"{name} is {getattr(config, name)}, expected {least} or more")
     unit = world_size * max(config.rows, 1) * config.row_tokens
     for name in ("batch_tokens", "val_tokens"):
         if getattr(config, name) % unit:
@@ -121,7 +121,7 @@ def check_config(config: Config, world_size: int) -> None:
     for seed in range(config.seed, config.seed + config.trials):
         path = log_path(config, seed)
         if path.exists() or any(parent.is_file() for parent in path.parents):
-            raise ValueError(f"{path} exists or lies below a file: name another log with --log")
+            raise ValueError(f"{path} exists already or lies below a file: choose another --log")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: run pip install wandb")
 
@@ -369,7 +369,7 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
             try:
                 value = text if isinstance(old, str) else ast.literal_eval(text)
                 group[key] = float(value) if isinstance(old, float) else value
-                assert old is None or type(group[key]) is type(old)
+                assert key == "neuron_axis" or old is None or type(group[key]) is type(old)
             except (ValueError, SyntaxError, TypeError, AssertionError):
                 raise ValueError(f"--set {setting}: expected a value like {old!r}") from None
     for group in groups:

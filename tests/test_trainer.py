@@ -76,7 +76,7 @@ BAD_FLAGS = {
     "a batch that is not divisible": (["--batch-tokens", "520"], "batch_tokens 520.*64.*32 tokens"),
     "a validation that is not divisible": (["--val-tokens", "500"], "val_tokens 500.*divisible"),
     "rows that do not divide the batch": (["--rows", "3"], "batch_tokens 512.*96 = .*3 rows"),
-    "negative rows": (["--rows", "-2"], "rows 0 or more"),
+    "negative rows": (["--rows", "-2"], "rows is -2, expected 0 or more"),
     "no steps": (["--steps", "0"], "1 or more"),
     "no trials": (["--trials", "0"], "1 or more"),
     "no validation interval": (["--val-every", "0"], "1 or more"),
