@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from records.log import RULE
+from records.log import RULE, parse_log
 from records.report import main
+
+ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = ("prose", "bench_optimizers", "bench_trainer")
 BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NAMES]
@@ -144,3 +146,20 @@ def test_a_broken_bench_line_is_named(
     path = root / "records/bench/optimizers.jsonl"
     path.write_text(f"{good}\n{line}\n", encoding="utf-8")
     assert f"{path} line 2: found '{line}'" in failure(["--check"], root, capsys)
+
+
+def test_the_readme_of_this_repository_is_what_the_report_writes() -> None:
+    """Numbers in tables are generated, never typed; matplotlib is not needed for the check."""
+    main(["--check"], ROOT)
+
+
+def test_the_committed_prose_runs_agree_for_one_and_two_gpus_and_with_the_baseline() -> None:
+    """Bounds of ten times the seed noise at 250, three times from 500 on; baseline 3.4083."""
+    logs = ROOT / "records/prose"
+    one, two = (parse_log(logs / f"muon_{count}xH200_seed1.txt") for count in (1, 2))
+    for a, b in zip(one.points, two.points, strict=True):
+        assert a.step == b.step
+        bound = 0.005 if a.step >= 500 else 0.015
+        assert abs(a.val_loss - b.val_loss) < bound, a.step
+    assert abs(one.loss_at(1200) - 3.4083) < 0.005
+    assert one.end["ranks_agree"] and two.end["ranks_agree"]
