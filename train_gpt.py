@@ -93,7 +93,7 @@ def parse_config(argv: list[str]) -> Config:
         raise ValueError(f"{message}; see python train_gpt.py --help")
 
     comments = dict(re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="GPT-2 124M speedrun", allow_abbrev=False)
     parser.error = fail  # main prints one sentence, on one rank
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(action="append")}
     for f in FLAGS:
@@ -111,12 +111,11 @@ def check_config(config: Config, world_size: int) -> None:
     for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows"):
         if getattr(config, name) < (least := int(name != "rows")):
             raise ValueError(f"{name} is {getattr(config, name)}, expected {least} or more")
-    unit = world_size * max(config.rows, 1) * config.row_tokens
-    for name in ("batch_tokens", "val_tokens"):
-        if getattr(config, name) % unit:
+    for name, rows in (("batch_tokens", max(config.rows, 1)), ("val_tokens", 1)):
+        if getattr(config, name) % (unit := world_size * rows * config.row_tokens):
             raise ValueError(
                 f"{name} {getattr(config, name)} is not divisible by {unit} = {world_size} ranks x "
-                f"{max(config.rows, 1)} rows x {config.row_tokens} tokens: change one of them"
+                f"{rows} rows x {config.row_tokens} tokens: change one of them"
             )
     for seed in range(config.seed, config.seed + config.trials):
         path = log_path(config, seed)
@@ -307,14 +306,13 @@ def initialise(model: GPT, seed: int) -> None:
     """Drawn on the CPU: the same seed gives the same weights on every device and world size."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if name == "embed.weight":
-            p.copy_(torch.randn(p.shape, generator=generator))
-        elif name.endswith(("q.weight", "k.weight", "v.weight", "fc.weight")):
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.33 / p.size(1)) ** 0.5)
-        elif name.endswith(("proj.weight", "head.weight", "bias")):
+        if name.endswith(("proj.weight", "head.weight", "bias")):
             p.zero_()
         elif name.endswith("gain"):
             p.fill_(1)
+        elif name.endswith(("embed.weight", "q.weight", "k.weight", "v.weight", "fc.weight")):
+            std = 1 if name == "embed.weight" else (0.33 / p.size(1)) ** 0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
         else:
             raise AssertionError(f"no initialisation for {name}")
 
@@ -323,9 +321,7 @@ def initialise(model: GPT, seed: int) -> None:
 #                                            Optimizers                                            #
 ####################################################################################################
 
-# The settings of track-3 entry #36; the learning rates of AdamW's groups stand with the groups.
-MATRICES = dict(lr=0.025, weight_decay=0.05, momentum=0.95)
-ADAMW = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001)
+ADAMW = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001)  # as Muon's defaults, entry #36
 
 
 def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
@@ -341,9 +337,10 @@ def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
         dict(name="head", lr=0.004, params=[model.head.weight]),
         dict(name="scalars", lr=0.015, params=[p for p in model.parameters() if p.ndim < 2]),
     ]
-    adamw = torch.optim.AdamW(others, fused=True, **ADAMW)
-    how = dict(dtype=getattr(torch, config.dtype), compile=None if config.compile else False)
-    optimizers = [adamw, OPTIMIZERS[config.optimizer](matrices, **MATRICES, **how)]
+    kind, how = OPTIMIZERS[config.optimizer], dict(compile=None if config.compile else False)
+    if "dtype" in kind.defaults:
+        how["dtype"] = getattr(torch, config.dtype)
+    optimizers = [torch.optim.AdamW(others, fused=True, **ADAMW), kind(matrices, **how)]
     owned = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
     assert len(owned) == len(set(owned)), "a parameter has two optimizers"
     assert set(owned) == set(model.parameters()), "a parameter has no optimizer"
@@ -354,8 +351,8 @@ def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
 def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Config) -> None:
     """Applies --set, by group or by optimizer (all groups of it), and --lr-scale."""
-    named = {type(opt).__name__.lower(): opt.param_groups for opt in optimizers}
-    groups = [group for some in named.values() for group in some]
+    named = {"adamw": optimizers[0].param_groups, config.optimizer: optimizers[1].param_groups}
+    groups = [group for opt in optimizers for group in opt.param_groups]
     named |= {group["name"]: [group] for group in groups}
     keys = {name: sorted(some[0].keys() - {"params", "name"}) for name, some in named.items()}
     for setting in config.set:
@@ -368,10 +365,12 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
             old = group[key]
             try:
                 value = text if isinstance(old, str) else ast.literal_eval(text)
-                group[key] = float(value) if isinstance(old, float) else value
-                assert key == "neuron_axis" or old is None or type(group[key]) is type(old)
-            except (ValueError, SyntaxError, TypeError, AssertionError):
-                raise ValueError(f"--set {setting}: expected a value like {old!r}") from None
+                value = float(value) if isinstance(old, float) else value
+            except (ValueError, SyntaxError, TypeError):
+                value = setting  # of no type that is expected
+            if type(value) is not type(old) and old is not None and key != "neuron_axis":
+                raise ValueError(f"--set {setting}: expected a value like {old!r}")
+            group[key] = value
     for group in groups:
         group["initial_lr"] = group["lr"] = group["lr"] * config.lr_scale
 
@@ -440,11 +439,11 @@ def log_path(config: Config, seed: int) -> Path:
 class Log:
     """One trial's file, console and, if asked, Weights & Biases page. Rank 0 alone writes."""
 
-    def __init__(self, config: Config, seed: int, world: "World", **meta) -> None:
+    def __init__(self, source: str, config: Config, seed: int, world: "World", **meta) -> None:
         self.path, self.file, self.wandb = log_path(config, seed), None, None
         if world.rank > 0:
             return
-        source, device = flatten(Path(__file__).resolve()), world.device_name()
+        device = world.device_name()
         tracked = output_of("git", "ls-files", "--error-unmatch", Path(__file__).name)
         meta |= dict(
             format=1, preset=config.preset, optimizer=config.optimizer, seed=seed,
@@ -471,16 +470,19 @@ class Log:
 
     def record(self, key: str, **values) -> None:
         self.say(f"{key}: {json.dumps(values, default=str)}")
+        if self.wandb:
+            self.wandb.summary[key] = json.dumps(values, default=str)
 
     def step(self, step: int, steps: int, seconds: float, val_loss: float | None = None) -> None:
         """A validated step; or any other: console only, on a terminal with the time left."""
-        loss = "" if val_loss is None else f"val_loss:{val_loss:.5f} "
+        validated = val_loss is not None
+        loss = f"val_loss:{val_loss:.5f} " if validated else ""
         average = 1000 * seconds / step if step else math.nan
         times = f"train_time:{seconds:.3f}s step_avg:{average:.2f}ms"
-        self.say(f"step:{step}/{steps} {loss}{times}", file=bool(loss))
-        if loss and self.wandb:
+        self.say(f"step:{step}/{steps} {loss}{times}", file=validated)
+        if validated and self.wandb:
             self.wandb.log({"val_loss": val_loss, "train_time": seconds}, step=step)
-        if not loss and sys.stdout.isatty():
+        if not validated and sys.stdout.isatty():
             left = round(seconds / step * (steps - step))
             self.say(f"{left // 60}:{left % 60:02} left", file=False, end="")
 
@@ -529,10 +531,14 @@ class World:
 
 def choose_device(wanted: str) -> torch.device:
     """The first of cuda, mps and cpu (or just the wanted one) on which one real product works."""
-    for kind in [wanted] if wanted else ["cuda", "mps", "cpu"]:
+    local, ranks = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+    if torch.cuda.is_available():  # a GPU that fails is an error, not a reason to use the CPU
+        if wanted in ("", "cuda") and ranks > torch.cuda.device_count():
+            raise ValueError(f"{ranks} processes for {torch.cuda.device_count()} GPUs here")
+        wanted = wanted or "cuda"
+    for kind in [wanted] if wanted else ["mps", "cpu"]:
         try:
-            index = int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None
-            device = torch.device(kind, index)
+            device = torch.device(kind, local if kind == "cuda" else None)
             (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).sum().item()
             return device
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without it
@@ -563,10 +569,9 @@ class Trainer:
 
     def microbatches(self, tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64."""
-        inputs, targets = tokens[:-1].long(), tokens[1:].long()
-        for at in range(0, len(inputs), rows * self.config.row_tokens):
-            part = slice(at, at + rows * self.config.row_tokens)
-            yield inputs[part].view(rows, -1), targets[part].view(rows, -1)
+        width = self.config.row_tokens
+        inputs, targets = (part.long().view(-1, width) for part in (tokens[:-1], tokens[1:]))
+        yield from zip(inputs.split(rows), targets.split(rows), strict=True)
 
     def forward_backward(self, tokens: Tensor, rows: int) -> Tensor:
         """Adds the gradient of the summed loss of the rank's tokens; returns that loss."""
@@ -582,10 +587,11 @@ class Trainer:
         factor = min(1.0, (1 - step / self.config.steps) / self.config.cooldown)
         for group in (group for opt in self.optimizers for group in opt.param_groups):
             group["lr"] = group["initial_lr"] * factor
-        grads = [p.grad for group in self.adamw.param_groups for p in group["params"]]
-        small = [g for g in grads if g.ndim < 2]  # the 1-D ones travel together
-        buffers = [torch.cat(small), *(g for g in grads if g.ndim == 2)] * dist.is_initialized()
-        works = [dist.all_reduce(buffer, async_op=True) for buffer in buffers]
+        works, grads = [], [p.grad for group in self.adamw.param_groups for p in group["params"]]
+        if dist.is_initialized():
+            small = [g for g in grads if g.ndim < 2]  # these travel together
+            buffers = [torch.cat(small), *(g for g in grads if g.ndim == 2)]
+            works = [dist.all_reduce(buffer, async_op=True) for buffer in buffers]
         self.matrix.step()  # sums the gradients of its own parameters
         for work in works:
             work.wait()
@@ -600,8 +606,8 @@ class Trainer:
         """Mean loss over the validation tokens; each rank takes a contiguous slice of them."""
         local = self.config.val_tokens // self.world.size
         mine = self.val[self.world.rank * local : (self.world.rank + 1) * local + 1]
-        rows = math.gcd(self.rows, local // self.config.row_tokens)
-        total = torch.stack([self.model(*batch) for batch in self.microbatches(mine, rows)])
+        batches = self.microbatches(mine, self.val_rows())
+        total = torch.stack([self.model(*batch) for batch in batches])
         total = total.cpu().double().sum().to(self.world.device if self.world.size > 1 else "cpu")
         return self.world.all_reduce(total).item() / self.config.val_tokens
 
@@ -611,23 +617,41 @@ class Trainer:
         Settles the rows of a microbatch: the most that fit the memory of every rank.
         """
         initialise(self.model, seed=0)
-        per_rank = self.config.batch_tokens // self.world.size // self.config.row_tokens
-        most = self.config.rows or (64 if self.world.device.type == "cuda" else 8)
-        for rows in (rows for rows in range(most, 0, -1) if per_rank % rows == 0):
-            tokens = self.val[:1].expand(2 * rows * self.config.row_tokens + 1)
-            fits = torch.ones((), device=self.world.device)
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.optimizer_step(0)  # first, so that its state is in memory when rows are tried
+        self.matrix.before_forward()
+        self.rows = self.rows_that_fit()
+        for name, p in self.model.named_parameters():
+            if p.grad is None:
+                raise ValueError(f"the parameter {name} has no gradient: the loss must use it")
+            p.grad = None
+        with self.matrix.readout(), torch.no_grad():
+            self.model(*next(self.microbatches(self.val, self.val_rows())))
+
+    def rows_that_fit(self) -> int:
+        """The most rows, of divisors of a rank's rows, whose gradient fits the memory."""
+        config, fits = self.config, torch.zeros((), device=self.world.device)
+        per_rank = config.batch_tokens // self.world.size // config.row_tokens
+        rows = config.rows or (64 if self.world.device.type == "cuda" else 8)
+        while rows:
+            rows = max(d for d in range(1, rows + 1) if per_rank % d == 0)
+            tokens = self.val[:1].expand(2 * rows * config.row_tokens + 1)
             try:
                 self.forward_backward(tokens, rows)
+                fits.fill_(1)
             except torch.OutOfMemoryError:
-                fits -= 1
+                fits.fill_(0)
             if self.world.all_reduce(fits, "MIN").item() == 1:
-                self.rows = rows
-                self.optimizer_step(0)
-                self.validate()
-                return
+                return rows
             self.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        raise MemoryError("not even one row fits the memory: use more GPUs or another --device")
+            rows = 0 if config.rows else rows // 2
+        raise ValueError(f"{config.rows or 1} rows do not fit the memory: use fewer, or more GPUs")
+
+    def val_rows(self) -> int:
+        per_rank = self.config.val_tokens // self.world.size // self.config.row_tokens
+        return math.gcd(self.rows, per_rank)
 
     def reset(self, seed: int) -> None:
         """As newly built: weights of this seed, optimizers without state."""
@@ -638,6 +662,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
 
     def step(self, step: int, tokens: Tensor) -> Tensor:
+        """One whole step on the rank's tokens; returns its loss, summed, before the step."""
         if self.world.device.type == "cuda":
             tokens = tokens.pin_memory()  # a copy from pageable memory would wait for the device
         self.matrix.before_forward()
@@ -650,19 +675,20 @@ class Trainer:
         config, world, never = self.config, self.world, self.config.steps + 1
         batches = train_batches(self.shards, config, world.rank, world.size)
         bad_step = torch.full((), never, device=world.device)  # the first with a non-finite loss
-        points, seconds, since = [], 0.0, 0.0  # the clock is since, and seconds before that
+        self.points = points = []  # (step, loss, seconds) of each validation
+        seconds = since = 0.0  # the clock shows `seconds`, and the time `since` it runs
         for step in range(config.steps + 1):
             every = config.val_every if 10 * step < 9 * config.steps else config.val_every // 5
             if step == config.steps or step % max(every, 1) == 0:
                 world.synchronize()
                 seconds += time.perf_counter() - since if step else 0.0
                 with self.matrix.readout():
-                    loss = self.validate()
-                log.step(step, config.steps, seconds, loss)
+                    val_loss = self.validate()
+                log.step(step, config.steps, seconds, val_loss)
                 first_bad = int(world.all_reduce(bad_step.clone(), "MIN"))
-                if first_bad < never or not math.isfinite(loss):
+                points.append((step, val_loss, seconds))
+                if first_bad < never or not math.isfinite(val_loss):
                     return f"non-finite loss at step {min(first_bad, step)}"
-                points.append((step, loss, seconds))
                 if reached := crossing(points, config.target):
                     log.record("target", **reached)
                 world.synchronize()
@@ -696,21 +722,24 @@ class Trainer:
         return bytes(ids[1:]).decode("utf-8", errors="replace")
 
 
-def run_trials(trainer: Trainer, argv: list[str]) -> str:
+def run_trials(trainer: Trainer, source: str, start_s: float, argv: list[str]) -> str:
     """All seeds; returns the status of the last."""
     config, world = trainer.config, trainer.world
-    trainer.warm_up()
-    start_s = round(time.perf_counter() - STARTED, 3)
+    names = [path.name for path in trainer.shards]
     for seed in range(config.seed, config.seed + config.trials):
         trainer.reset(seed)
-        log = Log(config, seed, world, argv=argv, shards=[path.name for path in trainer.shards])
-        status = trainer.train(log)
+        log = Log(source, config, seed, world, argv=argv, shards=names)
+        status, agree = trainer.train(log), trainer.ranks_agree()
+        status = status if agree else "ranks hold different parameters"
         peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
         facts = dict(rows=trainer.rows, peak_gib=round(peak / 2**30, 3), start_s=start_s)
-        log.record("end", status=status, ranks_agree=trainer.ranks_agree(), **facts)
+        log.record("end", status=status, ranks_agree=agree, **facts)
         if config.sample_tokens and status == "complete":
             log.say(f"\nA sample of the model's text:\n{trainer.sample(b'def ')}\n", file=False)
-        log.say(f"{config.optimizer}, seed {seed}: {status}; the log is {log.path}", file=False)
+        step, loss, seconds = trainer.points[-1]
+        reached = f"{'at or below' if loss <= config.target else 'above'} {config.target:.5f}"
+        log.say(f"{config.optimizer}, seed {seed}: {status} after {step} steps, {seconds:.1f} s; "
+                f"loss {loss:.5f}, {reached}; the log is {log.path}", file=False)  # fmt: skip
         log.close()
         if status != "complete":
             break
@@ -719,6 +748,7 @@ def run_trials(trainer: Trainer, argv: list[str]) -> str:
 
 def main(argv: list[str]) -> int:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    source = flatten(Path(__file__).resolve())  # now: the file may change while it runs
     try:
         config = parse_config(argv)
         check_config(config, size)
@@ -728,11 +758,13 @@ def main(argv: list[str]) -> int:
         world = World(rank, size, choose_device(config.device))
         world.join()
         trainer = Trainer(config, world, shards, val_shard)
+        trainer.warm_up()
     except (ValueError, FileNotFoundError) as error:
         if rank == 0:
             print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
-    status = run_trials(trainer, argv)
+    start_s = round(time.perf_counter() - STARTED, 3)
+    status = run_trials(trainer, source, start_s, argv)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0 if status == "complete" else 1

@@ -79,7 +79,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.world_size = dist.get_world_size() if grouped else 1
         self.rank = dist.get_rank() if grouped else 0
         super().__init__(params, {**self._known, **hyperparameters})
-        on_cuda = self.param_groups[0]["params"][0].is_cuda
+        on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
         self.compiled = on_cuda if compile is None else compile
         self._maths = self._new_weights
         if self.compiled:
@@ -140,6 +140,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             bucket.state = {}
 
+    def state_dict(self) -> dict:
+        raise NotImplementedError("momentum is dealt out to ranks and cannot be saved yet")
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        raise NotImplementedError("momentum is dealt out to ranks and cannot be loaded yet")
+
     def _advance(self, bucket: Bucket, grads: Tensor) -> Tensor:
         """New weights (k, m, n) of the matrices that this rank owns; k may be 0."""
         mine = bucket.owned[self.rank]
@@ -149,7 +155,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not bucket.state:
             bucket.state = self.init_state(grads)
         weights = torch.stack([bucket.params[i] for i in mine])
-        return self._maths(weights, grads, bucket.state, self._hyperparameters(bucket.group))
+        how = self._hyperparameters(bucket.group)
+        with torch._dynamo.config.patch(recompile_limit=8 + len(self._buckets)):  # one each
+            return self._maths(weights, grads, bucket.state, how)
 
     def _new_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> Tensor:
         direction = self.update(grad, state, group).to(grad.dtype)
@@ -208,6 +216,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         self._check_names({k: v for k, v in param_group.items() if k not in TAGS})
+        if any(bucket.state for bucket in self._buckets):
+            raise ValueError("a group cannot be added after the first step: momentum would be lost")
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.ndim != 2:

@@ -288,7 +288,7 @@ def test_importing_the_trainer_starts_nothing(tmp_path: Path) -> None:
     check = (
         "import sys, train_gpt, torch, torch.distributed as dist\n"
         "assert not torch.cuda.is_initialized() and not dist.is_initialized()\n"
-        "assert 'wandb' not in sys.modules and 'numpy.random' not in sys.argv\n"
+        "assert 'wandb' not in sys.modules\n"
     )
     code, out, err = in_fresh_python("-c", check, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert (code, out, err) == (0, "", "") and list(tmp_path.iterdir()) == []
@@ -297,10 +297,14 @@ def test_importing_the_trainer_starts_nothing(tmp_path: Path) -> None:
 # ---- Weights & Biases ------------------------------------------------------------------------
 
 FAKE = """
-calls = []
+calls, pages = [], []
 
 
 class Page:
+    def __init__(self):
+        self.summary = {}
+        pages.append(self)
+
     def log(self, values, step):
         calls.append(("log", step, values))
 
@@ -326,6 +330,7 @@ def test_wandb_gets_a_page_for_each_trial_and_every_validation(
     inits = [call for call in wandb.calls if call[0] == "init"]
     assert inits == [("init", "a.seed1", 1), ("init", "a.seed2", 2)]
     assert [call[0] for call in wandb.calls] == 2 * ["init", "log", "log", "log", "finish"]
+    assert all({"optim", "end"} <= page.summary.keys() for page in wandb.pages)
     for (_, step, values), point in zip(
         wandb.calls[1:4], parse_log("a.seed1.txt").points, strict=True
     ):
@@ -377,4 +382,4 @@ def test_meta_is_json_with_every_field_of_the_config(tiny: Tiny) -> None:
     assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
     meta = parse_log("a.txt").meta
     assert set(meta["config"]) == set(train_gpt.Config.__dataclass_fields__)
-    assert json.loads(json.dumps(meta)) == meta and meta["format"] == 1
+    assert meta["format"] == 1

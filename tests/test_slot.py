@@ -7,6 +7,7 @@ group (`scenario`), and the tests look at what its ranks brought home.
 import functools
 import math
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -289,15 +290,24 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[LateWork]:
     def scatter(output: Tensor, whole: Tensor, async_op: bool = False, **_: Any) -> LateWork:
         assert async_op
         output.fill_(math.nan)
-        return LateWork(pending, lambda: output.copy_(2 * whole[: len(output)].view_as(output)))
+        kept = weakref.ref(whole._base)  # the buffer: whole is a view of it
+
+        def move() -> None:
+            assert kept() is not None, "the input was freed before the wait"
+            output.copy_(2 * kept().flatten(0, 1)[: len(output)])
+
+        return LateWork(pending, move)
 
     def gather(whole: Tensor, mine: Tensor, async_op: bool = False, **_: Any) -> LateWork:
         assert async_op
         whole.fill_(math.nan)
+        kept, count = weakref.ref(mine), len(mine)
+        del mine
 
         def move() -> None:
+            assert kept() is not None, "the input was freed before the wait"
             whole.fill_(-1)
-            whole[: len(mine)].copy_(mine)
+            whole[:count].copy_(kept())
 
         return LateWork(pending, move)
 

@@ -1,0 +1,131 @@
+"""What the trainer does before its clock starts, and what it refuses there."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from optimizers import OPTIMIZERS, Muon
+from optimizers.slot import MatrixOptimizer, nesterov
+from records.log import parse_log
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(
+    layers=1, width=64, head_dim=32, row_tokens=32, vocab_size=64, dtype="float32", wrap=True,
+    batch_tokens=512, val_tokens=512, steps=2, val_every=1, target=1.0, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> train_gpt.Config:
+    from data.shards import write_shard
+
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        tokens = torch.randint(0, 64, (2000,), generator=generator)
+        write_shard(tmp_path / f"small_{split}_000000.bin", tokens.numpy())
+    return train_gpt.Config(data=str(tmp_path), log=str(tmp_path / "log.txt"), **SMALL)
+
+
+def trainer_of(config: train_gpt.Config) -> train_gpt.Trainer:
+    world = train_gpt.World(0, 1, torch.device("cpu"))
+    return train_gpt.Trainer(config, world, *train_gpt.check_data(config))
+
+
+def run(config: train_gpt.Config) -> str:
+    trainer = trainer_of(config)
+    trainer.warm_up()
+    return train_gpt.run_trials(trainer, "source\n", 0.0, [])
+
+
+def out_of_memory_above(rows_that_fit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    tried, real = [], train_gpt.Trainer.forward_backward
+
+    def forward_backward(self, tokens, rows):
+        tried.append(rows)
+        if rows > rows_that_fit:
+            raise torch.OutOfMemoryError("simulated")
+        return real(self, tokens, rows)
+
+    monkeypatch.setattr(train_gpt.Trainer, "forward_backward", forward_backward)
+    return tried
+
+
+def test_the_microbatch_shrinks_until_it_fits(config, monkeypatch):
+    tried = out_of_memory_above(3, monkeypatch)
+    trainer = trainer_of(config)
+    trainer.warm_up()
+    assert tried == [8, 4, 2] and trainer.rows == 2
+
+
+def test_rows_that_were_asked_for_are_never_replaced_by_fewer(config, monkeypatch):
+    out_of_memory_above(3, monkeypatch)
+    with pytest.raises(ValueError, match="4 rows do not fit"):
+        trainer_of(dataclasses.replace(config, rows=4)).warm_up()
+
+
+def test_a_parameter_without_gradient_is_named_before_the_run(config, monkeypatch):
+    monkeypatch.setattr(train_gpt.MLP, "forward", lambda self, x: self.proj(self.fc(x).detach()))
+    with pytest.raises(ValueError, match="blocks.0.norm2.gain has no gradient"):
+        trainer_of(config).warm_up()
+
+
+def test_techniques_hear_of_each_forward_pass_and_of_each_validation(config, monkeypatch):
+    """before_forward and readout are the seam of look-ahead methods and of weight averages."""
+    heard = []
+
+    class Listening(Muon):
+        def before_forward(self):
+            heard.append("forward")
+
+        def readout(self):
+            heard.append("readout")
+            return super().readout()
+
+    monkeypatch.setitem(OPTIMIZERS, "listening", Listening)
+    assert run(dataclasses.replace(config, optimizer="listening")) == "complete"
+    warm_up, steps = ["forward", "readout"], ["readout", "forward"] * 2 + ["readout"]
+    assert heard == warm_up + steps
+
+
+def test_ranks_that_differ_in_one_bit_are_seen_and_fail_the_run(config, monkeypatch):
+    def all_reduce(self, tensor, op="SUM"):
+        """As if another rank held a parameter whose bits add up to one more."""
+        return tensor + (op == "MAX") if tensor.dtype == torch.int64 and tensor.ndim else tensor
+
+    assert trainer_of(config).ranks_agree()
+    monkeypatch.setattr(train_gpt.World, "all_reduce", all_reduce)
+    assert not trainer_of(config).ranks_agree()
+    assert run(config) == "ranks hold different parameters"
+    assert parse_log(Path(config.log)).status == "ranks hold different parameters"
+
+
+def test_the_log_of_a_run_that_diverged_can_be_parsed(config):
+    status = run(dataclasses.replace(config, lr_scale=1e30))
+    log = parse_log(Path(config.log))
+    assert re.fullmatch(r"non-finite loss at step [12]", status) and log.status == status
+
+
+def test_the_optimizer_of_the_readme_trains(config, monkeypatch):
+    """An optimizer has only its own hyperparameters: once the trainer insisted on a dtype."""
+    source = re.search(r"```python\n(class Cubic.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    scope = {"MatrixOptimizer": MatrixOptimizer, "nesterov": nesterov}
+    exec(source, scope)
+    monkeypatch.setitem(OPTIMIZERS, "cubic", scope["Cubic"])
+    assert run(dataclasses.replace(config, optimizer="cubic")) == "complete"
+    first, *_, last = parse_log(Path(config.log)).points
+    assert last.val_loss < first.val_loss
+
+
+def test_more_processes_than_gpus_is_an_error_and_no_reason_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="8 processes for 4 GPUs"):
+        train_gpt.choose_device("")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="cuda.*does not work"):  # this torch has no CUDA
+        train_gpt.choose_device("")
