@@ -155,9 +155,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not bucket.state:
             bucket.state = self.init_state(grads)
         weights = torch.stack([bucket.params[i] for i in mine])
-        how = self._hyperparameters(bucket.group)
-        with torch._dynamo.config.patch(recompile_limit=8 + len(self._buckets)):  # one each
-            return self._maths(weights, grads, bucket.state, how)
+        inputs = (weights, grads, bucket.state, self._hyperparameters(bucket.group))
+        if not self.compiled:
+            return self._maths(*inputs)
+        with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
+            return self._maths(*inputs)
 
     def _new_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> Tensor:
         direction = self.update(grad, state, group).to(grad.dtype)

@@ -6,7 +6,6 @@ Here the trainer that writes (train_gpt.py) meets the parser that reads (records
 import ast
 import hashlib
 import importlib.util
-import json
 import math
 import re
 import sys
