@@ -231,12 +231,13 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.q, self.k, self.v, self.proj = (Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        heads = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(*heads, is_causal=True, scale=0.12)
-        return self.proj(y.transpose(1, 2).flatten(2))
+    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        layers, heads = (self.q, self.k, self.v), (-1, self.head_dim)
+        q_BTHD, k_BTHD, v_BTHD = (layer(x_BTC).unflatten(-1, heads) for layer in layers)
+        q_BTHD, k_BTHD = rotate(q_BTHD, cos, sin), rotate(k_BTHD, cos, sin)
+        qkv_BHTD = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
+        y_BHTD = F.scaled_dot_product_attention(*qkv_BHTD, is_causal=True, scale=0.12)
+        return self.proj(y_BHTD.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -552,9 +553,11 @@ def crossing(points: list[tuple[int, float, float]], target: float) -> dict | No
     if loss > target or any(earlier <= target for _, earlier, _ in points[:-1]):
         return None
     part = (loss0 - target) / (loss0 - loss) if loss0 > loss else 1.0
-    between = (step0 + part * (step - step0), time0 + part * (seconds - time0))
-    names = ("loss", "step", "train_time", "crossing_step", "crossing_time")
-    return dict(zip(names, (round(x, 3) for x in (target, step, seconds, *between)), strict=True))
+    return dict(
+        loss=target, step=step, train_time=round(seconds, 3),
+        crossing_step=round(step0 + part * (step - step0), 1),
+        crossing_time=round(time0 + part * (seconds - time0), 3),
+    )  # fmt: skip
 
 
 class Trainer:
@@ -710,7 +713,7 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, prompt: bytes) -> str:
-        """Text from a byte model, drawn at temperature 0.7. One shape of input: one compilation."""
+        """Text from a byte model, drawn at temperature 0.7; inputs of one shape, compiled once."""
         generator, ids = torch.Generator().manual_seed(self.config.seed), [256, *prompt]
         for _ in range(self.config.sample_tokens):
             context = torch.zeros(1, self.config.row_tokens, dtype=torch.int64)
@@ -737,9 +740,10 @@ def run_trials(trainer: Trainer, source: str, start_s: float, argv: list[str]) -
         if config.sample_tokens and status == "complete":
             log.say(f"\nA sample of the model's text:\n{trainer.sample(b'def ')}\n", file=False)
         step, loss, seconds = trainer.points[-1]
-        reached = f"{'at or below' if loss <= config.target else 'above'} {config.target:.5f}"
-        log.say(f"{config.optimizer}, seed {seed}: {status} after {step} steps, {seconds:.1f} s; "
-                f"loss {loss:.5f}, {reached}; the log is {log.path}", file=False)  # fmt: skip
+        verdict = "reached" if loss <= config.target else "missed"
+        log.say(f"{config.optimizer}, seed {seed}: {status}, {step} steps in {seconds:.1f} s; loss "
+                f"{loss:.5f}, target {config.target:.5f} {verdict}; the log is {log.path}",
+                file=False)  # fmt: skip
         log.close()
         if status != "complete":
             break

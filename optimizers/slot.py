@@ -179,8 +179,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _launch_reduce(self, bucket: Bucket) -> tuple[Tensor, dist.Work | None, Tensor | None]:
         """Gradients of the owned matrices (k, m, n), valid once the Work was waited for."""
         grads, mine = [p.grad for p in bucket.params], bucket.owned[self.rank]
+        shape = grads[0].shape
         if self.world_size == 1 or not self.reduce:
-            return self._stack(bucket, [grads[i] for i in mine]), None, None
+            owned = torch.stack([grads[i] for i in mine]) if mine else grads[0].new_empty(0, *shape)
+            return owned, None, None
         send = self._buffer(bucket)
         torch._foreach_copy_(self._cells(bucket, send), grads)
         received = torch.empty_like(send[0])
@@ -200,10 +202,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13
         work = gather(received.flatten(0, 1), send, async_op=True)
         return self._cells(bucket, received), work, send
-
-    def _stack(self, bucket: Bucket, matrices: list[Tensor]) -> Tensor:
-        shape = bucket.params[0].shape
-        return torch.stack(matrices) if matrices else bucket.params[0].new_empty(0, *shape)
 
     def _buffer(self, bucket: Bucket, dtype: torch.dtype | None = None) -> Tensor:
         shape = (self.world_size, bucket.slots, *bucket.params[0].shape)
