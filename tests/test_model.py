@@ -106,20 +106,25 @@ def doubles(model: torch.nn.Module) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def test_the_forward_pass_and_all_gradients_follow_the_specification() -> None:
-    """In float32, to 1e-5 of the loss and of each parameter's gradient."""
-    model, config = small_model()
+@pytest.mark.parametrize(
+    "dtype, of_loss, of_gradient", [("float32", 1e-6, 1e-5), ("bfloat16", 2e-3, 0.06)]
+)
+def test_the_forward_pass_and_all_gradients_follow_the_specification(
+    dtype: str, of_loss: float, of_gradient: float
+) -> None:
+    """Relative errors of the loss and of each gradient; bfloat16 rounds to 8 bits in two blocks."""
+    model, config = small_model(dtype=dtype)
     inputs, targets = tokens(3, 32), tokens(3, 32, seed=1)
     weights = doubles(model)
     expected = plain(weights, config, inputs, targets)
     expected.backward()
     loss = model(inputs, targets)
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=of_loss)
     for name, p in model.named_parameters():
         wanted = weights[name].grad
         assert wanted.norm() > 0, name
-        assert (p.grad.double() - wanted).norm() < 1e-5 * wanted.norm(), name
+        assert (p.grad.double() - wanted).norm() < of_gradient * wanted.norm(), name
 
 
 PARTS = ["bias", "rotary", "qk-norm", "causal", "square", "softcap"]
@@ -161,20 +166,6 @@ def test_activations_are_bfloat16_and_logits_float32() -> None:
     assert model.logits(model.trunk(tokens(1, 4))).dtype == torch.float32
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds.pop("embed.weight") == torch.bfloat16 and set(kinds.values()) == {torch.float32}
-
-
-def test_bfloat16_stays_near_the_specification() -> None:
-    """Rounding to 8 bits, through two blocks: 0.2% of the loss, 6% of a gradient."""
-    model, config = small_model(dtype="bfloat16")
-    inputs, targets, weights = tokens(3, 32), tokens(3, 32, seed=1), doubles(model)
-    expected = plain(weights, config, inputs, targets)
-    expected.backward()
-    loss = model(inputs, targets)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
-    for name, p in model.named_parameters():
-        wanted = weights[name].grad
-        assert (p.grad.double() - wanted).norm() < 0.06 * wanted.norm(), name
 
 
 # ---- the real size ---------------------------------------------------------------------------
