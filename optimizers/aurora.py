@@ -9,7 +9,10 @@ exponent:
     repeat K times:  U = polar(diag(d) X);  except after the last:  d_i *= ((n/m) / |u_i|^2)^beta
 
 At beta = 1/2 this is Tyler's fixed-point iteration; every further round shrinks the unevenness by
-|1 - 2 beta (1 - n/m)| (1/4 for a 4x MLP). Only row directions matter: A(diag(c) X) = A(X), c > 0.
+|1 - 2 beta (1 - n/m)| (1/4 for a 4x MLP; exponent 0 chooses the beta that makes it 0, at most 0.9).
+Only row directions matter: A(diag(c) X) = A(X), c > 0. Rows of a subspace with too little room for
+them would drive d apart for ever; d_i |x_i| stays within [1/clamp, clamp], which no row meets at
+K = 2, beta = 1/2 and n <= clamp^2 = 4096 columns.
 
 Source: arXiv 2606.27715 and github.com/tilde-research/aurora-release (src/aurora.py, vanilla).
 Memory: as Muon, 4 bytes per parameter. FLOPs: K times Muon's on the balanced matrices.
@@ -18,54 +21,65 @@ Memory: as Muon, 4 bytes per parameter. FLOPs: K times Muon's on the balanced ma
 import torch
 from torch import Tensor
 
+from .muon import Muon
 from .polar import polar, unit_max
 from .slot import MatrixOptimizer, nesterov
 
 BALANCED_AXES = {"fc": (0,), "proj": (1,), "both": (0, 1)}
 
 
-def balanced_polar(
-    X: Tensor, rounds: int, exponent: float | Tensor, steps: int, dtype: torch.dtype
-) -> Tensor:
-    """Orthogonal and row-uniform: tall X (k, m, n), m > n -> (k, m, n), |u_i|^2 -> n/m.
+def best_exponent(m: int, n: int) -> float:
+    """The fastest stable exponent for m x n, m > n (aurora.md 1.4): 2/3 for a 4x MLP."""
+    return min(0.9, 0.5 / (1 - n / m))
 
-    Zero rows stay zero. Where more rows share a subspace than it has room for, no even solution
-    exists and the rows of that subspace stay short (aurora.md 1.4).
+
+def balanced_polar(
+    X: Tensor, rounds: int = 2, exponent: float | Tensor = 0.5, clamp: float | Tensor = 64.0,
+    method: str = "quintic12", dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # fmt: skip
+    """Orthogonal and row-even: tall X (k, m, n), m > n -> (k, m, n) in dtype, |u_i|^2 -> n/m.
+
+    Zero rows stay zero. Where rows share a subspace with too little room, they stay short.
     """
-    target = X.size(-1) / X.size(-2)
+    m, n = X.shape[-2:]
+    beta = exponent + (exponent == 0) * best_exponent(m, n)
     X = unit_max(X)
     norms = X.norm(dim=-1, keepdim=True)
-    d = torch.where(norms > 0, 1 / norms, 0)
+    rows = X * torch.where(norms > 0, 1 / norms, 0)  # of length 1 or 0; c = d |x| starts at 1
+    c = torch.ones_like(norms)
     for last in [False] * (rounds - 1) + [True]:
-        U = polar(d * X, steps, dtype)
+        U = polar(c * rows, method, dtype)
         if not last:
             leverage = U.to(X.dtype).square().sum(dim=-1, keepdim=True)
-            d = d * (target / leverage.clamp_min(1e-14)) ** exponent
+            c = c * (n / m / leverage.clamp_min(1e-14)) ** beta
+            c = torch.where(c < clamp, torch.where(c * clamp > 1, c, 1 / clamp), clamp)
     return U
 
 
 class Aurora(MatrixOptimizer):
     """Muon with evened-out neurons.
 
-    Hyperparameters: those of Muon; rounds (K), exponent (beta), and balance: which MLP matrices to
-    even out, "fc" (neurons are rows), "proj" (neurons are columns) or "both". Which axis holds the
-    neurons is said by the group, neuron_axis=0 (rows), 1 (columns) or None (no MLP matrix: plain
-    Muon); a group that says nothing gets its longer side, as in the authors' code.
+    Hyperparameters: those of Muon; rounds (K), exponent (beta; 0: the best for the shape), clamp,
+    and balance: which MLP matrices to even out, "fc" (neurons are rows), "proj" (neurons are
+    columns) or "both". Which axis holds the neurons is said by the group, neuron_axis=0 (rows), 1
+    (columns) or None (no MLP matrix: plain Muon); a group that says nothing gets its longer side,
+    as in the authors' code.
     """
 
-    defaults = dict(
-        lr=0.025, weight_decay=0.05, momentum=0.95, rounds=2, exponent=0.5, balance="both",
-        polar_steps=12, dtype=torch.bfloat16,
-    )  # fmt: skip
+    defaults = Muon.defaults | dict(rounds=2, exponent=0.5, clamp=64.0, balance="both")
+    choices = Muon.choices | {"balance": BALANCED_AXES}
 
     def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
         X = nesterov(grad, state, group["momentum"])
-        axis, how = self.balanced_axis(X.shape, group), (group["polar_steps"], group["dtype"])
+        axis = self.balanced_axis(X.shape, group)
         if axis is None:
-            return polar(X, *how)
-        X = X.mT if axis == 1 else X
-        U = balanced_polar(X, group["rounds"], group["exponent"], *how)
-        return U.mT if axis == 1 else U
+            return polar(X, group["polar"], group["dtype"])
+        return self.even(X.mT, group).mT if axis == 1 else self.even(X, group)
+
+    def even(self, X: Tensor, group: dict) -> Tensor:
+        """The update of tall matrices (k, m, n) whose rows are neurons."""
+        how = (group[key] for key in ("rounds", "exponent", "clamp", "polar", "dtype"))
+        return balanced_polar(X, *how)
 
     def balanced_axis(self, shape: torch.Size, group: dict) -> int | None:
         """The axis whose norms are evened out, or None where the plain polar factor is right.
@@ -74,14 +88,13 @@ class Aurora(MatrixOptimizer):
         """
         long = None if shape[-2] == shape[-1] else int(shape[-1] > shape[-2])
         axis = group.get("neuron_axis", long)
-        if group["balance"] not in BALANCED_AXES or axis not in (0, 1, None) or group["rounds"] < 1:
-            raise ValueError(
-                f"balance {group['balance']!r}, neuron_axis {axis!r}, rounds {group['rounds']}: "
-                "expected fc, proj or both; 0, 1 or None; 1 or more"
-            )
         return axis if axis == long and axis in BALANCED_AXES[group["balance"]] else None
 
     def cost(self, shape: torch.Size, group: dict) -> float:
-        """As Muon, times the rounds where rows are balanced."""
-        rounds = group["rounds"] if self.balanced_axis(shape, group) is not None else 1
-        return rounds * super().cost(shape, group)
+        """As Muon, times the polar factors where rows are balanced."""
+        balanced = self.balanced_axis(shape, group) is not None
+        return super().cost(shape, group) * (self.polar_factors(group) if balanced else 1)
+
+    def polar_factors(self, group: dict) -> float:
+        """The cost of `even` in polar factors."""
+        return group["rounds"]

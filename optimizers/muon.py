@@ -5,27 +5,29 @@
     W <- (1 - lr wd) W - lr sqrt(max(1, out/in)) polar(u)
 
 Source: https://kellerjordan.github.io/posts/muon/; defaults of track-3 entry #36.
-Memory: 4 bytes per parameter (momentum). FLOPs: those of the polar factor (see polar.py).
+Memory: 4 bytes per parameter (momentum). FLOPs of an m x n matrix, m >= n: 4 m n^2 + 2 n^3 for each
+step of the polar factor (12 by default), as counted in polar.py.
 """
 
 import torch
 from torch import Tensor
 
-from .polar import polar
+from .polar import POLAR, polar
 from .slot import MatrixOptimizer, nesterov
 
 
 class Muon(MatrixOptimizer):
     """Orthogonalised momentum.
 
-    Hyperparameters: lr, weight_decay (decoupled, times lr), momentum (Nesterov), polar_steps, and
-    dtype (of the polar factor's products).
+    Hyperparameters: lr, weight_decay (decoupled, times lr), momentum (Nesterov), polar (a name in
+    polar.POLAR), and dtype (of the polar factor's products).
     """
 
     defaults = dict(
-        lr=0.025, weight_decay=0.05, momentum=0.95, polar_steps=12, dtype=torch.bfloat16
+        lr=0.025, weight_decay=0.05, momentum=0.95, polar="quintic12", dtype=torch.bfloat16
     )
+    choices = {"polar": POLAR}
 
     def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-        direction = nesterov(grad, state, group["momentum"])
-        return polar(direction, group["polar_steps"], group["dtype"])
+        X = nesterov(grad, state, group["momentum"])
+        return polar(X, group["polar"], group["dtype"])

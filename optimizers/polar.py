@@ -7,7 +7,44 @@ is done with U (see muon.py, aurora.py) and who computes it (slot.py).
 import torch
 from torch import Tensor
 
-QUINTIC = (2.0, -1.5, 0.5)  # p(s) = 2s - 1.5s^3 + 0.5s^5: p(1) = 1, p'(1) = 0; slope 2 at 0
+# Odd polynomials a s + b s^3 + c s^5 that drive singular values in (0, 1] to 1, one (a, b, c) for
+# each step. QUINTIC: p(1) = 1, p'(1) = 0, slope 2 at 0. CUBIC_END: p'(1) = p''(1) = 0 as well.
+QUINTIC = (2.0, -1.5, 0.5)  # modded-nanogpt's track-3 entry #36
+JORDAN = (3.4445, -4.775, 2.0315)  # kellerjordan.github.io/posts/muon; ends in 0.68 to 1.13
+CUBIC_END = (1.875, -1.25, 0.375)
+EXPRESS5 = (  # Polar Express, arXiv 2505.16932, for 5 steps, safety 1.02: ends in 0.86 to 1.14
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+EXPRESS8 = (  # the paper's list, before its safety factor of 1.01
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    CUBIC_END,
+)
+
+
+def with_safety(steps: tuple, factor: float) -> tuple:
+    """Steps that accept singular values up to `factor`: rounding may carry one beyond 1."""
+    scaled = [(a / factor, b / factor**3, c / factor**5) for a, b, c in steps[:-1]]
+    return (*scaled, steps[-1])
+
+
+POLAR = {  # by name: largest singular value that may enter, steps; "exact" is the SVD
+    "quintic12": (1.0, (QUINTIC,) * 12),
+    "jordan5": (1.0, (JORDAN,) * 5),
+    "express5": (1 / 1.02, EXPRESS5),
+    "express5+1": (1 / 1.02, (*EXPRESS5, CUBIC_END)),
+    "express8": (1 / 1.01, with_safety(EXPRESS8, 1.01)),
+    "exact": (1.0, ()),
+}
 
 
 def unit_max(X: Tensor) -> Tensor:
@@ -16,23 +53,33 @@ def unit_max(X: Tensor) -> Tensor:
     return X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
 
 
-def polar(X: Tensor, steps: int = 12, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Polar factor of every matrix of a stack by `steps` quintic Newton-Schulz steps.
+def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Polar factor of every matrix of a stack, by one of POLAR's methods.
 
     X: (k, m, n) or (m, n), any scale; returns the same shape in `dtype`, the type of the products.
-    12 steps lift singular values from 4.6e-4 of the Frobenius norm to within 1% of 1. A zero matrix
-    stays zero. FLOPs of a step: (4r + 2) s^3, with s the short side and r s the long one.
-    Source: https://kellerjordan.github.io/posts/muon/ with the coefficients of track-3 entry #36.
+    12 quintic steps lift singular values from 4.6e-4 of the Frobenius norm to within 1% of 1,
+    express8 from 3.2e-4; docs/optimizers.md has a table. A zero matrix stays zero. FLOPs of a step:
+    (4r + 2) s^3, with s the short side and r s the long one.
     """
     if X.ndim == 2:
-        return polar(X[None], steps, dtype)[0]
-    a, b, c = QUINTIC
-    tall = X.size(-2) > X.size(-1)
-    X = unit_max(X)
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+        return polar(X[None], method, dtype)[0]
+    if method not in POLAR:
+        raise ValueError(f"unknown polar method {method!r}, choose one of {', '.join(POLAR)}")
+    X, (largest, steps) = unit_max(X), POLAR[method]
+    tall, tiny = X.size(-2) > X.size(-1), torch.finfo(X.dtype).tiny
+    X = X * largest / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+    if method == "exact":
+        return exact_polar(X).to(dtype)
     X = (X.mT if tall else X).to(dtype)
-    for _ in range(steps):
+    for a, b, c in steps:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2, inside the product's epilogue
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return X.mT if tall else X
+
+
+def exact_polar(X: Tensor) -> Tensor:
+    """By the SVD, in float64 where the device has it; directions without a length stay zero."""
+    U, sigma, Vh = torch.linalg.svd(X if X.is_mps else X.double(), full_matrices=False)
+    floor = torch.finfo(X.dtype).eps * max(X.shape[-2:]) * sigma[..., :1]
+    return (U * (sigma > floor)[..., None, :] @ Vh).to(X.dtype)

@@ -11,8 +11,10 @@ One step, three loops:
 
 Momentum lives on the owner only (ZeRO-1). Without a process group the same code runs without
 collectives. Inputs and Work handles of asynchronous collectives are held until waited for.
+`state_dict` gathers the state of all matrices on every rank: any number of ranks can load it.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TAGS = {"params", "name", "neuron_axis"}  # what a parameter group may carry besides hyperparameters
+# What a parameter group may carry besides hyperparameters; the last two are torch's.
+TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
 
 
 @dataclass
@@ -59,7 +62,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Args:
         params: 2-D parameters, or groups of them (dicts with "params", optional "name" and
-            "neuron_axis", and any hyperparameter of `defaults`).
+            "neuron_axis", and any hyperparameter of `defaults`); also (name, parameter) pairs.
         reduce: True: gradients differ by rank and the slot sums them. False: they are already
             reduced (DDP), the slot only shares the work.
         compile: compile the update of each bucket; None: on CUDA only.
@@ -67,6 +70,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """
 
     defaults = dict(lr=0.02, weight_decay=0.0, momentum=0.95)
+    choices: dict = {}  # hyperparameter: the values that it may have
 
     def __init__(
         self, params, *, reduce: bool = True, compile: bool | None = None, **hyperparameters
@@ -140,20 +144,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             bucket.state = {}
 
-    def state_dict(self) -> dict:
-        raise NotImplementedError("momentum is dealt out to ranks and cannot be saved yet")
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        raise NotImplementedError("momentum is dealt out to ranks and cannot be loaded yet")
-
     def _advance(self, bucket: Bucket, grads: Tensor) -> Tensor:
         """New weights (k, m, n) of the matrices that this rank owns; k may be 0."""
         mine = bucket.owned[self.rank]
-        if not mine:
-            return grads
         grads = grads.to(torch.promote_types(grads.dtype, torch.float32))
         if not bucket.state:
             bucket.state = self.init_state(grads)
+        if not mine:
+            return grads
         weights = torch.stack([bucket.params[i] for i in mine])
         inputs = (weights, grads, bucket.state, self._hyperparameters(bucket.group))
         if not self.compiled:
@@ -212,6 +210,60 @@ class MatrixOptimizer(torch.optim.Optimizer):
         place = {i: (r, s) for r, mine in enumerate(bucket.owned) for s, i in enumerate(mine)}
         return [buffer[place[i]] for i in range(len(bucket.params))]
 
+    # ---- state, for any number of ranks -------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """As torch's: {"state": {index: {key: tensor}}, "param_groups"}; every rank must call it.
+
+        The state of all matrices, from their owners, on each rank; indices count parameters in the
+        order of the groups. Before the first step "state" is empty.
+        """
+        order = {p: i for i, p in enumerate(self._parameters())}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        for group, full in zip(groups, self.param_groups, strict=True):
+            group["params"] = [order[p] for p in full["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for bucket in self._buckets:
+            for key, mine in bucket.state.items():
+                for owner, indices in enumerate(bucket.owned):
+                    stack = mine
+                    if owner != self.rank:
+                        stack = mine.new_empty(len(indices), *mine.shape[1:])
+                    if self.world_size > 1 and indices:
+                        dist.broadcast(stack, owner)
+                    for i, value in zip(indices, stack, strict=True):
+                        state.setdefault(order[bucket.params[i]], {})[key] = value.clone()
+        return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes a state_dict of any number of ranks; each rank keeps what it owns."""
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        found, expected = ([len(g["params"]) for g in some] for some in (groups, self.param_groups))
+        if found != expected:
+            raise ValueError(f"the state has groups of {found} parameters, expected {expected}")
+        for i, p in enumerate(self._parameters()) if state else ():
+            empty = self.init_state(p.new_zeros(1, *p.shape))
+            expected = {key: tuple(value.shape[1:]) for key, value in empty.items()}
+            found = {key: tuple(value.shape) for key, value in state.get(i, {}).items()}
+            if found != expected:
+                raise ValueError(
+                    f"the saved state of parameter {i} has shapes {found}, expected {expected}: it "
+                    "comes from another optimizer or model"
+                )
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+        self.deal()
+        order = {p: i for i, p in enumerate(self._parameters())}
+        for bucket in self._buckets if state else ():
+            owned = [state[order[bucket.params[i]]] for i in bucket.owned[self.rank]]
+            empty = self.init_state(bucket.params[0].new_zeros(0, *bucket.params[0].shape).float())
+            for key, like in empty.items():
+                stack = [saved[key].to(like) for saved in owned]
+                bucket.state[key] = torch.stack(stack) if stack else like
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     # ---- what may come in -------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict) -> None:
@@ -228,9 +280,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.deal()
 
     def deal(self) -> None:
-        """Deals all parameters to ranks, without state; again if what `cost` reads was changed."""
+        """Deals all parameters to ranks, without state; again if hyperparameters were replaced."""
         self._buckets = []
         for group in self.param_groups:
+            self._check_values(group)
             by_kind: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 by_kind.setdefault((p.shape, p.dtype, p.device), []).append(p)
@@ -248,6 +301,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} has no hyperparameter {name!r}: it takes "
                 f"{', '.join(sorted(self._known))}"
             )
+
+    def _check_values(self, group: dict) -> None:
+        """Rates and decays are 0 or more, momenta below 1, counts 1 or more, words are known."""
+        for name, default in {**self._known, "neuron_axis": None}.items():
+            value, expected = group.get(name, default), ""
+            numeric = isinstance(value, int | float | Tensor)
+            if name in self.choices or name == "neuron_axis":
+                known = tuple(self.choices.get(name, (0, 1, None)))
+                expected = "" if value in known else f"one of {', '.join(map(str, known))}"
+            elif isinstance(default, float):
+                limit = 1.0 if name.startswith(("momentum", "beta")) else math.inf
+                expected = "" if numeric and 0 <= value < limit else f"0 or more, below {limit}"
+            elif isinstance(default, int):
+                expected = "" if isinstance(value, int) and value >= 1 else "1 or more"
+            if expected:
+                raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {expected}")
 
     def _check_gradients(self) -> None:
         for bucket in self._buckets:
