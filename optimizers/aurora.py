@@ -1,9 +1,8 @@
 """Aurora: Muon whose update is also even over the hidden neurons of an MLP.
 
 The polar factor U of a tall matrix has orthonormal columns but rows of any norm: a neuron (row)
-that is small in the momentum gets a small update and starves. Aurora rescales the rows of the
-momentum until those of its polar factor have equal norms. m x n, m > n, x_i the rows, beta the
-exponent:
+that is small in the momentum gets a small update and starves. Aurora rescales the momentum's rows
+x_i until those of its polar factor have equal norms. X is m x n, m > n; beta is the exponent:
 
     d_i = 1 / |x_i|
     repeat K times:  U = polar(diag(d) X);  except after the last:  d_i *= ((n/m) / |u_i|^2)^beta

@@ -82,4 +82,5 @@ def exact_polar(X: Tensor) -> Tensor:
     """By the SVD, in float64 where the device has it; directions without a length stay zero."""
     U, sigma, Vh = torch.linalg.svd(X if X.is_mps else X.double(), full_matrices=False)
     floor = torch.finfo(X.dtype).eps * max(X.shape[-2:]) * sigma[..., :1]
-    return (U * (sigma > floor)[..., None, :] @ Vh).to(X.dtype)
+    alive = X.any(dim=-1, keepdim=True) & X.any(dim=-2, keepdim=True)  # zero rows stay zero
+    return (U * (sigma > floor)[..., None, :] @ Vh).to(X.dtype) * alive

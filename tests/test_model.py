@@ -288,8 +288,8 @@ def test_the_hyperparameters_are_those_of_entry_36() -> None:
         assert (g["lr"], g["betas"], g["eps"], g["weight_decay"]) == (lr, (0.8, 0.95), 1e-10, 0.001)
     for name in ("attn", "fc", "proj"):
         g = groups[name]
-        assert (g["lr"], g["weight_decay"], g["momentum"], g["polar_steps"]) == (
-            0.025, 0.05, 0.95, 12,
+        assert (g["lr"], g["weight_decay"], g["momentum"], g["polar"]) == (
+            0.025, 0.05, 0.95, "quintic12",
         )  # fmt: skip
 
 

@@ -541,14 +541,15 @@ def test_changing_hyperparameters_recompiles_nothing(
     torch._dynamo.reset()
 
     def run(compiled: bool) -> list[Tensor]:
-        opt = OPTIMIZERS[name](
-            new_groups(), lr=0.1, dtype=torch.float32, compile=compiled
-        )
+        defaults = OPTIMIZERS[name].defaults
+        precise = dict(dtype=torch.float32) if "dtype" in defaults else {}
+        opt = OPTIMIZERS[name](new_groups(), lr=0.1, compile=compiled, **precise)
+        numbers = {key: value for key, value in defaults.items() if isinstance(value, float)}
         for step in range(5):
             for group in opt.param_groups:
-                group["lr"] = 0.1 / (step + 1)
-                group["momentum"] = 0.9 - 0.1 * step
-                group["weight_decay"] = 0.1 * step
+                group.update({key: value * (1 - 0.2 * step) for key, value in numbers.items()})
+                if "exponent" in group and step == 4:
+                    group["exponent"] = 0.0  # the best for the shape
             for i, p in enumerate(parameters(opt)):
                 p.grad = tensor(*p.shape, seed=100 * step + i)
             opt.step()

@@ -95,7 +95,12 @@ BAD_FLAGS = {
     "a balance that does not exist": (
         ["--optimizer", "aurora", "--set", "aurora.balance=all"], "balance.*all.*both",
     ),
-    "half a step": (["--set", "muon.polar_steps=2.5"], "muon.polar_steps=2.5"),
+    "half a round": (
+        ["--optimizer", "aurora", "--set", "aurora.rounds=2.5"], "aurora.rounds=2.5",
+    ),
+    "a polar method that does not exist": (
+        ["--set", "muon.polar=twelve"], "polar.*twelve.*quintic12.*exact",
+    ),
     "a log below a file": (["--log", f"{ROOT}/LICENSE/log.txt"], "LICENSE"),
 }  # fmt: skip
 
