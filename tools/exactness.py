@@ -1,0 +1,121 @@
+"""How exact the polar methods are, and how near the optimizers are to their references.
+
+    python tools/exactness.py               # prints two tables, appends to records/bench/
+    python tools/exactness.py --large       # polar factors of 3072 x 768 in place of 768 x 192
+    python tools/exactness.py --out FILE    # appends elsewhere
+
+Table `polar`: log-spaced singular values from 1 to 1/condition; of the method's U, the rms over
+columns of |U^T U - I| (orthogonality) and |U - exact| / |exact| (error), Frobenius norms, exact in
+float64. Table `parity`: 50 random steps against tests/references.py; the largest
+|W - reference| / |reference - start| of any step. Time is not measured here.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+
+import references  # noqa: E402
+from bench_optimizers import append_line, commit  # noqa: E402
+
+from optimizers import OPTIMIZERS  # noqa: E402
+from optimizers.polar import POLAR, polar  # noqa: E402
+
+CONDITIONS = (3, 10, 30, 100, 300, 1000, 3000)
+PRODUCTS = (torch.bfloat16, torch.float16, torch.float32)
+PARITY = {  # shapes, each with the axis of its neurons
+    "tall, wide": (((24, 6), 0), ((6, 24), 1), ((24, 6), None), ((10, 4), 1)),
+    "m = n + 1": (((9, 8), 0),),
+    "square": (((8, 8), 0),),
+}
+
+
+def spectrum(m: int, n: int, condition: float) -> tuple[Tensor, Tensor]:
+    """A matrix of this condition and its polar factor, in float64."""
+    generator, r = torch.Generator().manual_seed(0), min(m, n)
+    U, V = (torch.linalg.qr(torch.randn(k, r, dtype=torch.float64, generator=generator))[0]
+            for k in (m, n))  # fmt: skip
+    sigma = condition ** -torch.linspace(0, 1, r, dtype=torch.float64)
+    return U * sigma @ V.T, U @ V.T
+
+
+def polar_rows(m: int, n: int, device: torch.device) -> list[dict]:
+    """A row for each method and type of its products, m > n; "exact" has no products."""
+    rows: dict[tuple, dict] = {}
+    for condition in CONDITIONS:
+        X, exact = (A.to(device) for A in spectrum(m, n, condition))
+        for method in POLAR:
+            for dtype in PRODUCTS if POLAR[method][1] else (torch.float32,):
+                U = polar(X.float(), method, dtype).double()
+                unit = (U.T @ U - torch.eye(n, dtype=U.dtype, device=device)).norm() / n**0.5
+                error = (U - exact).norm() / n**0.5
+                row = rows.setdefault((method, dtype), {"method": method, "products": name(dtype)})
+                row[str(condition)] = f"{unit:.1e} / {error:.1e}"
+    return list(rows.values())
+
+
+def parity(kind: str, dtype: torch.dtype, shape: tuple[int, int], axis: int | None, **how) -> float:
+    """The largest deviation from the reference; float64 with exact polar factors."""
+    opt_how = dict(how)
+    if "dtype" in OPTIMIZERS[kind].defaults:
+        opt_how |= dict(dtype=dtype, polar="exact" if dtype == torch.float64 else "quintic12")
+    if kind == "riemannian" and dtype == torch.float64:
+        opt_how |= dict(cg_steps=40)
+    weight, grads, lrs = references.problem(shape)
+    expected = references.run(kind, weight, grads, lrs, axis, **how)
+    start = torch.from_numpy(weight)
+    p = torch.nn.Parameter(start.to(torch.promote_types(dtype, torch.float32), copy=True))
+    opt = OPTIMIZERS[kind]([dict(params=[p], neuron_axis=axis)], **opt_how)
+    worst = 0.0
+    for grad, lr, W in zip(grads, lrs, map(torch.from_numpy, expected), strict=True):
+        opt.param_groups[0]["lr"] = lr
+        p.grad = torch.from_numpy(grad).to(p.dtype)
+        opt.step()
+        worst = max(worst, ((p.detach().double() - W).norm() / (W - start).norm()).item())
+    return worst
+
+
+def parity_row(kind: str) -> dict:
+    row = {"optimizer": kind}
+    for where, shapes in PARITY.items():
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            if dtype == torch.bfloat16 and "dtype" not in OPTIMIZERS[kind].defaults:
+                continue
+            worst = max(parity(kind, dtype, shape, axis) for shape, axis in shapes)
+            row[f"{name(dtype)}, {where}"] = float(f"{worst:.2g}")
+    return row
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--large", action="store_true", help="3072 x 768, for a GPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "records/bench/exactness.jsonl")
+    args = parser.parse_args()
+    cuda, command = torch.cuda.is_available(), "python tools/exactness.py"
+    shape = (3072, 768) if args.large else (768, 192)
+    tables = {
+        "polar": polar_rows(*shape, torch.device("cuda" if cuda else "cpu")),
+        "parity": [parity_row(kind) for kind in OPTIMIZERS],
+    }
+    for bench, rows in tables.items():
+        print(*rows, sep="\n")
+        line = dict(
+            bench=bench, shape=f"{shape[0]} x {shape[1]}" if bench == "polar" else "small",
+            device=torch.cuda.get_device_name() if cuda and bench == "polar" else "cpu",
+            torch=torch.__version__, commit=commit(),
+            command=command + (" --large" if args.large else ""), rows=rows,
+        )  # fmt: skip
+        append_line(args.out, line)
+
+
+if __name__ == "__main__":
+    main()
