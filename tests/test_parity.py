@@ -1,8 +1,8 @@
 """Every optimizer against its reference (tests/references.py): 50 steps with changing lr.
 
 Deviations are relative to how far the weights moved, the largest of all steps. What a wrong
-formula costs in these units is at the end: at least 0.01 for every hyperparameter, and more for
-another optimizer.
+formula costs in these units is at the end: at least 0.005 for every hyperparameter and 0.04 for
+another optimizer, so that bfloat16 cannot see all that float32 sees.
 """
 
 import sys
@@ -26,7 +26,7 @@ CHANGED = {
     "muon": [dict(momentum=0.8), dict(weight_decay=0.5)],
     "normuon": [dict(beta2=0.8), dict(momentum=0.8), dict(weight_decay=0.5)],
     "unormuon": [dict(beta2=0.8), dict(momentum=0.8), dict(weight_decay=0.5)],
-    "aurora": [dict(rounds=1), dict(rounds=3, exponent=0.25), dict(exponent=0.25),
+    "aurora": [dict(rounds=1), dict(rounds=3), dict(exponent=0.25),
                dict(momentum=0.8), dict(weight_decay=0.5)],
     "riemannian": [dict(climbs=1), dict(step_size=0.4), dict(retractions=1), dict(momentum=0.8),
                    dict(weight_decay=0.5)],
@@ -104,21 +104,18 @@ def test_the_references_have_the_defaults_of_the_optimizers() -> None:
 
 
 def test_the_references_tell_the_optimizers_apart() -> None:
-    """Aurora and Riemannian Aurora are the nearest, 0.1; U-NorMuon is NorMuon at half the step."""
+    """Aurora and Riemannian Aurora are the nearest."""
     weight, grads, lrs = problem((24, 6))
     ends = {name: run(name, weight, grads, lrs, 0)[-1] for name in OPTIMIZERS}
     for a, b in combinations(OPTIMIZERS, 2):
-        assert apart(weight, ends[a], ends[b]) > 0.05, (a, b)
+        assert apart(weight, ends[a], ends[b]) > 0.04, (a, b)
 
 
 @pytest.mark.parametrize("name, how", changes, ids=str)
 def test_the_references_tell_hyperparameters_apart(name: str, how: dict) -> None:
     weight, grads, lrs = problem((24, 6))
-    base, changed = (
-        run(name, weight, grads, lrs, 0)[-1],
-        run(name, weight, grads, lrs, 0, **how)[-1],
-    )
-    assert apart(weight, base, changed) > 0.01
+    base, changed = (run(name, weight, grads, lrs, 0, **some)[-1] for some in ({}, how))
+    assert apart(weight, base, changed) > 0.005
 
 
 def test_the_references_use_neurons_and_every_rate() -> None:
