@@ -397,7 +397,7 @@ def flatten(script: Path) -> str:
     """
     if (text := script.read_text()).startswith(MARKER):
         return text
-    sections, seen, owner = [], [script], {}
+    sections, owner = {}, {}
 
     def add(path: Path) -> None:
         lines = path.read_text().splitlines()
@@ -406,8 +406,7 @@ def flatten(script: Path) -> str:
                 package = path.parent if node.level else script.parent / node.module
                 module = package / (f"{node.module}.py" if node.level else "__init__.py")
                 if module.is_file():
-                    if module not in seen:
-                        seen.append(module)
+                    if module not in sections:
                         add(module)
                     for i in range(node.lineno - 1, node.end_lineno):
                         lines[i] = "#| " + lines[i]
@@ -416,10 +415,11 @@ def flatten(script: Path) -> str:
             names = [getattr(node, "name", None)] + [getattr(n, "id", None) for n in assigned]
             for name in filter(None, names):
                 assert owner.setdefault(name, path) == path, f"{name}: {owner[name]} and {path}"
-        sections.extend([f"{MARKER}{path.relative_to(script.parent)} ====================", *lines])
+        title = f"{MARKER}{path.relative_to(script.parent)} ===================="
+        sections[path] = "\n".join([title, *lines, ""])
 
     add(script)
-    return "\n".join(sections) + "\n"
+    return "".join(sections.values())
 
 
 def output_of(*command: str) -> str:
