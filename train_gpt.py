@@ -106,13 +106,17 @@ def parse_config(argv: list[str]) -> Config:
 
 
 def check_config(config: Config, world_size: int) -> None:
-    for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows"):
-        if getattr(config, name) < (least := int(name != "rows")):
-            raise ValueError(f"{name} is {getattr(config, name)}, expected {least} or more")
+    given = asdict(config)
+    for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows", "seed"):
+        least = 0 if name in ("rows", "seed") else 1
+        if given[name] < least:
+            raise ValueError(f"{name} is {given[name]}, expected {least} or more")
+    if config.seed >= (limit := 2**63 - config.trials):  # torch takes no larger ones
+        raise ValueError(f"seed is {config.seed}, expected less than {limit}")
     for name, rows in (("batch_tokens", max(config.rows, 1)), ("val_tokens", 1)):
-        if getattr(config, name) % (unit := world_size * rows * config.row_tokens):
+        if given[name] % (unit := world_size * rows * config.row_tokens):
             raise ValueError(
-                f"{name} {getattr(config, name)} is not divisible by {unit} = {world_size} ranks x "
+                f"{name} {given[name]} is not divisible by {unit} = {world_size} ranks x "
                 f"{rows} rows x {config.row_tokens} tokens: change one of them"
             )
     for seed in range(config.seed, config.seed + config.trials):
@@ -180,6 +184,18 @@ def check_data(config: Config) -> tuple[Shards, Tensor]:
             f"{config.batch_tokens} tokens: {remedy}, or lower --steps"
         )
     return shards, val_tokens
+
+
+def target_of(config: Config) -> float:
+    """What was asked for or, if that is 0, what the data's manifest.json says."""
+    manifest = Path(config.data, "manifest.json")
+    if config.target or not manifest.is_file():
+        return config.target
+    try:
+        return float(json.loads(manifest.read_text()).get("target", 0))
+    except (ValueError, TypeError, AttributeError):
+        sentence = f'{manifest} is no JSON object with a number as "target"'
+        raise ValueError(f"{sentence}: run {config.get_data}, or set --target") from None
 
 
 def train_batches(shards: Shards, config: Config, rank: int, size: int) -> Iterator[Tensor]:
@@ -503,9 +519,9 @@ class World:
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
         cuda = device if device.type == "cuda" else None
-        self.device_name = torch.cuda.get_device_name(cuda) if cuda else device.type
         if cuda:
             torch.cuda.set_device(cuda)
+        self.device_name = torch.cuda.get_device_name() if cuda else device.type
         if size > 1:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
 
@@ -541,7 +557,7 @@ def choose_device(wanted: str) -> torch.device:
 def crossing(points: list[tuple[int, float, float]], target: float) -> dict | None:
     """If the last (step, loss, seconds) is the first at the target: it, and the point between."""
     (step0, loss0, time0), (step, loss, seconds) = points[max(len(points) - 2, 0)], points[-1]
-    if loss > target or any(earlier <= target for _, earlier, _ in points[:-1]):
+    if not loss <= target or any(earlier <= target for _, earlier, _ in points[:-1]):
         return None
     part = (loss0 - target) / (loss0 - loss) if loss0 > loss else 1.0
     return dict(
@@ -597,8 +613,7 @@ class Trainer:
         if works:
             torch._foreach_copy_(small, list(buffers[0].split([len(g) for g in small])))
         self.adamw.step()
-        for opt in self.optimizers:
-            opt.zero_grad(set_to_none=True)
+        self.model.zero_grad()
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -622,7 +637,7 @@ class Trainer:
         for name, p in self.model.named_parameters():
             if p.grad is None:
                 raise ValueError(f"the parameter {name} has no gradient: the loss must use it")
-            p.grad = None
+        self.model.zero_grad()
         with self.matrix.readout(), torch.no_grad():
             self.model(*next(self.microbatches(self.val, self.rows)))
 
@@ -641,7 +656,7 @@ class Trainer:
                 fits.fill_(0)
             if self.world.all_reduce(fits, "MIN").item():
                 return rows
-            self.model.zero_grad(set_to_none=True)
+            self.model.zero_grad()
             torch.cuda.empty_cache()
         raise ValueError(f"{config.rows or 1} rows do not fit the memory: use fewer, or more GPUs")
 
@@ -687,7 +702,7 @@ class Trainer:
                 since = time.perf_counter()
             if step < config.steps:
                 loss = self.step(step, next(batches))
-                bad_step = torch.where(loss.isfinite() | (bad_step < never), bad_step, step + 1)
+                bad_step = bad_step.minimum(torch.where(loss.isfinite(), never, step + 1))
                 if step == 0:
                     log.record("optim", step=1, groups=read_back(self.optimizers))
                 log.step(step + 1, config.steps, seconds + time.perf_counter() - since)
@@ -745,8 +760,7 @@ def main(argv: list[str]) -> int:
         config = parse_config(argv)
         check_config(config, size)
         shards, val_tokens = check_data(config)
-        if not config.target and (manifest := Path(config.data, "manifest.json")).is_file():
-            config = replace(config, target=json.loads(manifest.read_text()).get("target", 0.0))
+        config = replace(config, target=target_of(config))
         world = World(rank, size, choose_device(config.device))
         trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()

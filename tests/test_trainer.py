@@ -78,6 +78,13 @@ BAD_FLAGS = {
     "a validation that is not divisible": (["--val-tokens", "500"], "val_tokens 500.*divisible"),
     "rows that do not divide the batch": (["--rows", "3"], "batch_tokens 512.*96 = .*3 rows"),
     "negative rows": (["--rows", "-2"], "rows is -2, expected 0 or more"),
+    "a negative seed": (["--seed", "-1"], "seed is -1, expected 0 or more"),
+    "a seed too large for torch": (
+        ["--seed", str(2**63 - 1)], "seed is 9223372036854775807, expected less than",
+    ),
+    "a last seed too large for torch": (
+        ["--seed", str(2**63 - 3), "--trials", "3"], "expected less than 9223372036854775805",
+    ),
     "no steps": (["--steps", "0"], "1 or more"),
     "no trials": (["--trials", "0"], "1 or more"),
     "no validation interval": (["--val-every", "0"], "1 or more"),
@@ -483,6 +490,10 @@ def test_only_the_first_crossing_counts() -> None:
     ]  # fmt: skip
 
 
+def test_a_target_that_is_not_a_number_is_never_reached() -> None:
+    assert crossing([(0, 4.0, 0.0), (10, 3.0, 5.0)], math.nan) is None
+
+
 def test_a_target_reached_by_the_first_point_is_reached_there() -> None:
     found = crossing([(0, 2.0, 0.0)], 3.0)
     assert found is not None and (found["step"], found["crossing_step"]) == (0, 0)
@@ -506,6 +517,26 @@ def test_a_target_of_zero_is_that_of_the_data(tiny: Tiny, tmp_path: Path) -> Non
     assert parse_log("a.txt").target["loss"] == 99.5
     run(tiny("--data", str(folder), "--steps", "1", "--target", "98"), "b.txt")
     assert parse_log("b.txt").target["loss"] == 98
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "", "[3.28]", "3.28", '{"target": "soon"}', '{"target": null}', '{"target": [1]}']
+)
+def test_a_manifest_without_a_number_is_named_and_matters_only_if_it_is_asked(
+    refused: Callable, tiny: Tiny, tmp_path: Path, text: str
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    damaged_corpus(folder)
+    (folder / "manifest.json").write_text(text)
+    message = refused(["--data", str(folder)])
+    assert re.search('manifest.json is no JSON object with a number as "target".*--target', message)
+    run(tiny("--data", str(folder), "--steps", "1", "--target", "98"), "a.txt")
+
+
+def test_the_largest_seed_runs(tiny: Tiny) -> None:
+    run(tiny("--seed", str(2**63 - 2), "--steps", "1"), "a.txt")
+    assert parse_log("a.txt").meta["seed"] == 2**63 - 2
 
 
 def test_what_is_logged_as_config_is_what_ran(tiny: Tiny) -> None:
