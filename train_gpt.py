@@ -107,12 +107,12 @@ def parse_config(argv: list[str]) -> Config:
 
 def check_config(config: Config, world_size: int) -> None:
     given = asdict(config)
-    for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows", "seed"):
-        least = 0 if name in ("rows", "seed") else 1
-        if given[name] < least:
+    for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows"):
+        if given[name] < (least := int(name != "rows")):
             raise ValueError(f"{name} is {given[name]}, expected {least} or more")
-    if config.seed >= (limit := 2**63 - config.trials):  # torch takes no larger ones
-        raise ValueError(f"seed is {config.seed}, expected less than {limit}")
+    limit = 2**63 - config.trials  # of torch
+    if not 0 <= config.seed < limit:
+        raise ValueError(f"seed is {config.seed}, expected 0 or more and less than {limit}")
     for name, rows in (("batch_tokens", max(config.rows, 1)), ("val_tokens", 1)):
         if given[name] % (unit := world_size * rows * config.row_tokens):
             raise ValueError(
@@ -171,8 +171,8 @@ def check_data(config: Config) -> tuple[Shards, Tensor]:
         raise FileNotFoundError(f"shards of both kinds expected in {folder}, {found}: {remedy}")
     needed = config.val_tokens + 1
     val_tokens = open_shard(val[0], config.vocab_size)[:needed]
-    if len(val_tokens) < needed:
-        raise ValueError(f"{val[0]} holds {len(val_tokens)} of {needed} tokens needed: {remedy}")
+    if (found := len(val_tokens)) < needed:
+        raise ValueError(f"{val[0]} holds {found} of {needed} tokens to validate: {remedy}")
     steps, shards = 0, {}
     for path in train:
         if steps < config.steps:
@@ -533,6 +533,7 @@ class World:
 
     def all_reduce(self, tensor: Tensor, op: str = "SUM") -> Tensor:
         if dist.is_initialized():
+            tensor = tensor.to(self.device)  # NCCL takes none on the CPU
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
         return tensor
 
@@ -579,13 +580,10 @@ class Trainer:
         self.val = mine.to(torch.int32).to(world.device)
 
     def microbatches(self, tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64.
-
-        All have equally many rows, for one compilation: `rows` or a divisor of it.
-        """
+        """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64."""
         width = self.config.row_tokens
         inputs, targets = (part.long().view(-1, width) for part in (tokens[:-1], tokens[1:]))
-        rows = math.gcd(rows, len(inputs))
+        rows = math.gcd(rows, len(inputs))  # equally many in all: one shape, one compilation
         yield from zip(inputs.split(rows), targets.split(rows), strict=True)
 
     def forward_backward(self, tokens: Tensor, rows: int) -> Tensor:
@@ -620,7 +618,6 @@ class Trainer:
         """Mean loss over the validation tokens of all ranks."""
         losses = [self.model(*batch) for batch in self.microbatches(self.val, self.rows)]
         total = torch.stack(losses).cpu().double().sum()  # MPS has no float64
-        total = total.to(self.world.device if self.world.size > 1 else "cpu")
         return self.world.all_reduce(total).item() / self.config.val_tokens
 
     def warm_up(self) -> None:

@@ -80,10 +80,10 @@ BAD_FLAGS = {
     "negative rows": (["--rows", "-2"], "rows is -2, expected 0 or more"),
     "a negative seed": (["--seed", "-1"], "seed is -1, expected 0 or more"),
     "a seed too large for torch": (
-        ["--seed", str(2**63 - 1)], "seed is 9223372036854775807, expected less than",
+        ["--seed", str(2**63 - 1)], "seed is 9223372036854775807, .*less than 9",
     ),
     "a last seed too large for torch": (
-        ["--seed", str(2**63 - 3), "--trials", "3"], "expected less than 9223372036854775805",
+        ["--seed", str(2**63 - 3), "--trials", "3"], "less than 9223372036854775805",
     ),
     "no steps": (["--steps", "0"], "1 or more"),
     "no trials": (["--trials", "0"], "1 or more"),
