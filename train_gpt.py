@@ -762,8 +762,9 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()
     except (ValueError, FileNotFoundError) as error:
-        if rank == 0:
-            print(f"train_gpt.py: {error}", file=sys.stderr)
+        if rank > 0:
+            time.sleep(10)  # rank 0 speaks, exits, and torchrun ends this one; or it is alone in it
+        print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
     start_s = round(time.perf_counter() - STARTED, 3)
     status = run_trials(trainer, source, start_s, argv)
