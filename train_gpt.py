@@ -96,25 +96,27 @@ def parse_config(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser(description="GPT-2 124M speedrun", allow_abbrev=False)
     parser.error = fail  # main prints one sentence, on one rank
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(action="append")}
+    choices = dict(preset=PRESETS, optimizer=OPTIMIZERS)
     for f in FLAGS:
         flags = ["--" + f.name.replace("_", "-")] + ["--log-file"] * (f.name == "log")
-        how = kinds.get(f.type, dict(type=f.type)) | dict(default=argparse.SUPPRESS)
-        parser.add_argument(*flags, help=comments[f.name], **how)
+        how = kinds.get(f.type, dict(type=f.type, choices=choices.get(f.name)))
+        parser.add_argument(*flags, help=comments[f.name], default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
-    for name, known in (("preset", PRESETS), ("optimizer", OPTIMIZERS)):
-        if given.setdefault(name, getattr(Config, name)) not in known:
-            fail(f"unknown {name} {given[name]!r}, choose one of {', '.join(known)}")
-    return Config(**PRESETS[given["preset"]] | given)
+    return Config(**PRESETS[given.get("preset", Config.preset)] | given)
 
 
 def check_config(config: Config, world_size: int) -> None:
+    given = asdict(config)
     for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows"):
-        if getattr(config, name) < (least := int(name != "rows")):
-            raise ValueError(f"{name} is {getattr(config, name)}, expected {least} or more")
+        if given[name] < (least := int(name != "rows")):
+            raise ValueError(f"{name} is {given[name]}, expected {least} or more")
+    limit = 2**63 - config.trials  # of torch
+    if not 0 <= config.seed < limit:
+        raise ValueError(f"seed is {config.seed}, expected 0 or more and less than {limit}")
     for name, rows in (("batch_tokens", max(config.rows, 1)), ("val_tokens", 1)):
-        if getattr(config, name) % (unit := world_size * rows * config.row_tokens):
+        if given[name] % (unit := world_size * rows * config.row_tokens):
             raise ValueError(
-                f"{name} {getattr(config, name)} is not divisible by {unit} = {world_size} ranks x "
+                f"{name} {given[name]} is not divisible by {unit} = {world_size} ranks x "
                 f"{rows} rows x {config.row_tokens} tokens: change one of them"
             )
     for seed in range(config.seed, config.seed + config.trials):
@@ -128,6 +130,9 @@ def check_config(config: Config, world_size: int) -> None:
 ####################################################################################################
 #                                               Data                                               #
 ####################################################################################################
+
+
+Shards = dict[str, Tensor]  # file name: its tokens
 
 
 def open_shard(path: Path, vocab_size: int) -> Tensor:
@@ -157,35 +162,47 @@ def batches_in(tokens: int, batch_tokens: int) -> int:
     return max(0, (tokens - 2) // batch_tokens)
 
 
-def check_data(config: Config) -> tuple[list[Path], Path]:
-    """The training shards that the run will read, and the validation shard."""
+def check_data(config: Config) -> tuple[Shards, Tensor]:
+    """The training shards that the run will read, and the tokens of its validations."""
     folder, remedy = Path(config.data), f"run {config.get_data}, or name a folder with --data"
     train, val = (sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
     if not train or not val:
         found = f"{len(train)} training, {len(val)} validation" if folder.is_dir() else "no folder"
         raise FileNotFoundError(f"shards of both kinds expected in {folder}, {found}: {remedy}")
-    found, needed = len(open_shard(val[0], config.vocab_size)), config.val_tokens + 1
-    if found < needed:
+    needed = config.val_tokens + 1
+    val_tokens = open_shard(val[0], config.vocab_size)[:needed]
+    if (found := len(val_tokens)) < needed:
         raise ValueError(f"{val[0]} holds {found} of {needed} tokens to validate: {remedy}")
-    steps, used = 0, []
+    steps, shards = 0, {}
     for path in train:
         if steps < config.steps:
-            used.append(path)
-            steps += batches_in(len(open_shard(path, config.vocab_size)), config.batch_tokens)
+            tokens = shards[path.name] = open_shard(path, config.vocab_size)
+            steps += batches_in(len(tokens), config.batch_tokens)
     if steps == 0 or (steps < config.steps and not config.wrap):
         raise ValueError(
             f"too few tokens: {folder} lasts {steps} of {config.steps} steps of "
             f"{config.batch_tokens} tokens: {remedy}, or lower --steps"
         )
-    return used, val[0]
+    return shards, val_tokens
 
 
-def train_batches(shards: list[Path], config: Config, rank: int, size: int) -> Iterator[Tensor]:
+def target_of(config: Config) -> float:
+    """What was asked for or, if that is 0, what the data's manifest.json says."""
+    manifest = Path(config.data, "manifest.json")
+    if config.target or not manifest.is_file():
+        return config.target
+    try:
+        return float(json.loads(manifest.read_text()).get("target", 0))
+    except (ValueError, TypeError, AttributeError):
+        sentence = f'{manifest} is no JSON object with a number as "target"'
+        raise ValueError(f"{sentence}: run {config.get_data}, or set --target") from None
+
+
+def train_batches(shards: Shards, config: Config, rank: int, size: int) -> Iterator[Tensor]:
     """For each step the rank's L tokens and the one after: the same tokens in all for any size."""
     local = config.batch_tokens // size
     while True:
-        for path in shards:
-            tokens = open_shard(path, config.vocab_size)
+        for tokens in shards.values():
             for i in range(batches_in(len(tokens), config.batch_tokens)):
                 start = i * config.batch_tokens + rank * local
                 yield tokens[start : start + local + 1].to(torch.int32)
@@ -322,8 +339,6 @@ def initialise(model: GPT, seed: int) -> None:
 #                                            Optimizers                                            #
 ####################################################################################################
 
-ADAMW = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001)  # as Muon's defaults, entry #36
-
 
 def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW for embedding, head and 1-D parameters, the chosen optimizer for all other matrices."""
@@ -341,7 +356,8 @@ def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     kind, how = OPTIMIZERS[config.optimizer], dict(compile=None if config.compile else False)
     if "dtype" in kind.defaults:
         how["dtype"] = getattr(torch, config.dtype)
-    optimizers = [torch.optim.AdamW(others, fused=True, **ADAMW), kind(matrices, **how)]
+    adamw = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001, fused=True)  # of entry #36
+    optimizers = [torch.optim.AdamW(others, **adamw), kind(matrices, **how)]
     owned = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
     assert len(owned) == len(set(owned)), "a parameter has two optimizers"
     assert set(owned) == set(model.parameters()), "a parameter has no optimizer"
@@ -352,9 +368,9 @@ def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
 def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Config) -> None:
     """Applies --set, by group or by optimizer (all groups of it), and --lr-scale."""
-    named = {"adamw": optimizers[0].param_groups, config.optimizer: optimizers[1].param_groups}
-    groups = [group for opt in optimizers for group in opt.param_groups]
-    named |= {group["name"]: [group] for group in groups}
+    adamw, matrix = (opt.param_groups for opt in optimizers)
+    named = {group["name"]: [group] for group in adamw + matrix}
+    named |= {"adamw": adamw, config.optimizer: matrix}
     keys = {name: sorted(some[0].keys() - {"params", "name"}) for name, some in named.items()}
     for setting in config.set:
         where, _, text = setting.partition("=")
@@ -372,7 +388,7 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
             if type(value) is not type(old) and old is not None and key != "neuron_axis":
                 raise ValueError(f"--set {setting}: expected a value like {old!r}")
             group[key] = value
-    for group in groups:
+    for group in adamw + matrix:
         group["initial_lr"] = group["lr"] = group["lr"] * config.lr_scale
 
 
@@ -397,7 +413,7 @@ def flatten(script: Path) -> str:
     """
     if (text := script.read_text()).startswith(MARKER):
         return text
-    sections, seen, owner = [], [script], {}
+    sections, owner = {}, {}
 
     def add(path: Path) -> None:
         lines = path.read_text().splitlines()
@@ -406,8 +422,7 @@ def flatten(script: Path) -> str:
                 package = path.parent if node.level else script.parent / node.module
                 module = package / (f"{node.module}.py" if node.level else "__init__.py")
                 if module.is_file():
-                    if module not in seen:
-                        seen.append(module)
+                    if module not in sections:
                         add(module)
                     for i in range(node.lineno - 1, node.end_lineno):
                         lines[i] = "#| " + lines[i]
@@ -416,10 +431,11 @@ def flatten(script: Path) -> str:
             names = [getattr(node, "name", None)] + [getattr(n, "id", None) for n in assigned]
             for name in filter(None, names):
                 assert owner.setdefault(name, path) == path, f"{name}: {owner[name]} and {path}"
-        sections.extend([f"{MARKER}{path.relative_to(script.parent)} ====================", *lines])
+        title = f"{MARKER}{path.relative_to(script.parent)} ===================="
+        sections[path] = "\n".join([title, *lines, ""])
 
     add(script)
-    return "\n".join(sections) + "\n"
+    return "".join(sections.values())
 
 
 def output_of(*command: str) -> str:
@@ -444,17 +460,16 @@ class Log:
         self.path, self.file, self.wandb = log_path(config, seed), None, None
         if world.rank > 0:
             return
-        device = world.device_name()
-        tracked = output_of("git", "ls-files", "--error-unmatch", Path(__file__).name)
+        commit = output_of("git", "rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}").split()
+        changes = output_of("git", "status", "--porcelain", "-uno")
         meta |= dict(
             format=1, preset=config.preset, optimizer=config.optimizer, seed=seed,
             config=asdict(config), code_sha256=hashlib.sha256(source.encode()).hexdigest(),
-            commit=output_of("git", "rev-parse", "HEAD").strip() if tracked else "unknown",
-            dirty=bool(output_of("git", "status", "--porcelain", "-uno")) if tracked else None,
-            device=device, world_size=world.size, torch=torch.__version__,
+            commit=commit[0] if commit else "unknown", dirty=bool(changes) if commit else None,
+            device=world.device_name, world_size=world.size, torch=torch.__version__,
         )  # fmt: skip
         versions = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}), Python {sys.version}"
-        running = f"Running {versions} on {device} with world_size {world.size}"
+        running = f"Running {versions} on {world.device_name} with world_size {world.size}"
         header = [RULE, running, output_of("nvidia-smi"), f"meta: {json.dumps(meta)}", RULE]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("x", buffering=1)
@@ -464,9 +479,9 @@ class Log:
 
             self.wandb = wandb.init(project="aurora-speedrun", name=self.path.stem, config=meta)
 
-    def say(self, text: str, file: bool = True, end: str = "\n") -> None:
+    def say(self, text: str, file: bool = True) -> None:
         if self.file:
-            print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)
+            print(text, flush=True)
             self.file.write(text + "\n" if file else "")
 
     def record(self, key: str, **values) -> None:
@@ -475,17 +490,16 @@ class Log:
             self.wandb.summary[key] = json.dumps(values, default=str)
 
     def step(self, step: int, steps: int, seconds: float, val_loss: float | None = None) -> None:
-        """A validated step; or any other: console only, on a terminal with the time left."""
-        validated = val_loss is not None
-        loss = f"val_loss:{val_loss:.5f} " if validated else ""
-        average = 1000 * seconds / step if step else math.nan
-        times = f"train_time:{seconds:.3f}s step_avg:{average:.2f}ms"
-        self.say(f"step:{step}/{steps} {loss}{times}", file=validated)
-        if validated and self.wandb:
+        """A validated step; or any other: console only, with the minutes and seconds left."""
+        average = seconds / step if step else math.nan
+        times = f"train_time:{seconds:.3f}s step_avg:{1000 * average:.2f}ms"
+        if val_loss is None:
+            left = round(average * (steps - step))
+            self.say(f"step:{step}/{steps} {times} left:{left // 60}:{left % 60:02}", file=False)
+            return
+        self.say(f"step:{step}/{steps} val_loss:{val_loss:.5f} {times}")
+        if self.wandb:
             self.wandb.log({"val_loss": val_loss, "train_time": seconds}, step=step)
-        if not validated and sys.stdout.isatty():
-            left = round(seconds / step * (steps - step))
-            self.say(f"{left // 60}:{left % 60:02} left", file=False, end="")
 
     def close(self) -> None:
         if self.file:
@@ -499,33 +513,27 @@ class Log:
 ####################################################################################################
 
 
-@dataclass(frozen=True)
 class World:
-    """Under torchrun a group (NCCL between GPUs, gloo between CPUs), otherwise one process."""
+    """Several ranks are a group (NCCL between GPUs, gloo between CPUs), one is just a process."""
 
-    rank: int
-    size: int
-    device: torch.device
-
-    def join(self) -> None:
-        cuda = self.device if self.device.type == "cuda" else None
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        cuda = device if device.type == "cuda" else None
         if cuda:
             torch.cuda.set_device(cuda)
-        if "RANK" in os.environ:
+        self.device_name = torch.cuda.get_device_name() if cuda else device.type
+        if size > 1:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
-
-    def device_name(self) -> str:
-        kind = self.device.type
-        return torch.cuda.get_device_name(self.device) if kind == "cuda" else kind
 
     def synchronize(self) -> None:
         if dist.is_initialized():
             dist.barrier()
         if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+            torch.accelerator.synchronize()
 
     def all_reduce(self, tensor: Tensor, op: str = "SUM") -> Tensor:
         if dist.is_initialized():
+            tensor = tensor.to(self.device)  # NCCL takes none on the CPU
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
         return tensor
 
@@ -533,10 +541,10 @@ class World:
 def choose_device(wanted: str) -> torch.device:
     """The first of cuda, mps and cpu (or just the wanted one) on which one real product works."""
     local, ranks = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
-    if torch.cuda.is_available():  # a GPU that fails is an error, not a reason to use the CPU
-        if wanted in ("", "cuda") and ranks > torch.cuda.device_count():
-            raise ValueError(f"{ranks} processes for {torch.cuda.device_count()} GPUs here")
-        wanted = wanted or "cuda"
+    if not wanted and torch.cuda.is_available():
+        wanted = "cuda"  # a GPU that fails is an error, not a reason to use the CPU
+    if wanted == "cuda" and ranks > torch.cuda.device_count():
+        raise ValueError(f"{ranks} processes for {torch.cuda.device_count()} GPUs here")
     for kind in [wanted] if wanted else ["mps", "cpu"]:
         try:
             device = torch.device(kind, local if kind == "cuda" else None)
@@ -550,7 +558,7 @@ def choose_device(wanted: str) -> torch.device:
 def crossing(points: list[tuple[int, float, float]], target: float) -> dict | None:
     """If the last (step, loss, seconds) is the first at the target: it, and the point between."""
     (step0, loss0, time0), (step, loss, seconds) = points[max(len(points) - 2, 0)], points[-1]
-    if loss > target or any(earlier <= target for _, earlier, _ in points[:-1]):
+    if not loss <= target or any(earlier <= target for _, earlier, _ in points[:-1]):
         return None
     part = (loss0 - target) / (loss0 - loss) if loss0 > loss else 1.0
     return dict(
@@ -563,17 +571,19 @@ def crossing(points: list[tuple[int, float, float]], target: float) -> dict | No
 class Trainer:
     """Model, optimizers and validation tokens, compiled once for all trials."""
 
-    def __init__(self, config: Config, world: World, shards: list[Path], val_shard: Path) -> None:
+    def __init__(self, config: Config, world: World, shards: Shards, val_tokens: Tensor) -> None:
         self.config, self.world, self.shards = config, world, shards
         self.model = build_model(config, world.device)
         self.optimizers = self.adamw, self.matrix = build_optimizers(self.model, config)
-        val = open_shard(val_shard, config.vocab_size)[: config.val_tokens + 1]
-        self.val = val.to(torch.int32).to(world.device)
+        local = config.val_tokens // world.size  # each rank validates a contiguous slice
+        mine = val_tokens[world.rank * local : (world.rank + 1) * local + 1]
+        self.val = mine.to(torch.int32).to(world.device)
 
     def microbatches(self, tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64."""
         width = self.config.row_tokens
         inputs, targets = (part.long().view(-1, width) for part in (tokens[:-1], tokens[1:]))
+        rows = math.gcd(rows, len(inputs))  # equally many in all: one shape, one compilation
         yield from zip(inputs.split(rows), targets.split(rows), strict=True)
 
     def forward_backward(self, tokens: Tensor, rows: int) -> Tensor:
@@ -601,17 +611,13 @@ class Trainer:
         if works:
             torch._foreach_copy_(small, list(buffers[0].split([len(g) for g in small])))
         self.adamw.step()
-        for opt in self.optimizers:
-            opt.zero_grad(set_to_none=True)
+        self.model.zero_grad()
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the validation tokens; each rank takes a contiguous slice of them."""
-        local = self.config.val_tokens // self.world.size
-        mine = self.val[self.world.rank * local : (self.world.rank + 1) * local + 1]
-        batches = self.microbatches(mine, self.val_rows())
-        total = torch.stack([self.model(*batch) for batch in batches])
-        total = total.cpu().double().sum().to(self.world.device if self.world.size > 1 else "cpu")
+        """Mean loss over the validation tokens of all ranks."""
+        losses = [self.model(*batch) for batch in self.microbatches(self.val, self.rows)]
+        total = torch.stack(losses).cpu().double().sum()  # MPS has no float64
         return self.world.all_reduce(total).item() / self.config.val_tokens
 
     def warm_up(self) -> None:
@@ -628,33 +634,28 @@ class Trainer:
         for name, p in self.model.named_parameters():
             if p.grad is None:
                 raise ValueError(f"the parameter {name} has no gradient: the loss must use it")
-            p.grad = None
+        self.model.zero_grad()
         with self.matrix.readout(), torch.no_grad():
-            self.model(*next(self.microbatches(self.val, self.val_rows())))
+            self.model(*next(self.microbatches(self.val, self.rows)))
 
     def rows_that_fit(self) -> int:
         """The most rows, of divisors of a rank's rows, whose gradient fits the memory."""
         config, fits = self.config, torch.zeros((), device=self.world.device)
         per_rank = config.batch_tokens // self.world.size // config.row_tokens
-        rows = config.rows or (64 if self.world.device.type == "cuda" else 8)
-        while rows:
-            rows = max(d for d in range(1, rows + 1) if per_rank % d == 0)
+        most = 64 if self.world.device.type == "cuda" else 8
+        divisors = [rows for rows in range(most, 0, -1) if per_rank % rows == 0]
+        for rows in [config.rows] if config.rows else divisors:
             tokens = self.val[:1].expand(2 * rows * config.row_tokens + 1)
             try:
                 self.forward_backward(tokens, rows)
                 fits.fill_(1)
             except torch.OutOfMemoryError:
                 fits.fill_(0)
-            if self.world.all_reduce(fits, "MIN").item() == 1:
+            if self.world.all_reduce(fits, "MIN").item():
                 return rows
-            self.model.zero_grad(set_to_none=True)
+            self.model.zero_grad()
             torch.cuda.empty_cache()
-            rows = 0 if config.rows else rows // 2
         raise ValueError(f"{config.rows or 1} rows do not fit the memory: use fewer, or more GPUs")
-
-    def val_rows(self) -> int:
-        per_rank = self.config.val_tokens // self.world.size // self.config.row_tokens
-        return math.gcd(self.rows, per_rank)
 
     def reset(self, seed: int) -> None:
         """As newly built: weights of this seed, optimizers without state."""
@@ -698,7 +699,7 @@ class Trainer:
                 since = time.perf_counter()
             if step < config.steps:
                 loss = self.step(step, next(batches))
-                bad_step = torch.where(loss.isfinite() | (bad_step < never), bad_step, step + 1)
+                bad_step = bad_step.minimum(torch.where(loss.isfinite(), never, step + 1))
                 if step == 0:
                     log.record("optim", step=1, groups=read_back(self.optimizers))
                 log.step(step + 1, config.steps, seconds + time.perf_counter() - since)
@@ -716,10 +717,10 @@ class Trainer:
         """Text from a byte model, drawn at temperature 0.7; inputs of one shape, compiled once."""
         generator, ids = torch.Generator().manual_seed(self.config.seed), [256, *prompt]
         for _ in range(self.config.sample_tokens):
-            context = torch.zeros(1, self.config.row_tokens, dtype=torch.int64)
-            recent = torch.tensor(ids[-self.config.row_tokens :])
-            context[0, : len(recent)] = recent  # what follows is not seen: attention is causal
-            x = self.model.trunk(context.to(self.world.device))[:, len(recent) - 1]
+            recent = torch.tensor([ids[-self.config.row_tokens :]])
+            padding = self.config.row_tokens - recent.size(1)  # unseen: attention is causal
+            context = F.pad(recent, (0, padding)).to(self.world.device)
+            x = self.model.trunk(context)[:, -1 - padding]
             p = (self.model.logits(x)[0, :256].cpu() / 0.7).softmax(-1)
             ids.append(int(torch.multinomial(p, 1, generator=generator)))
         return bytes(ids[1:]).decode("utf-8", errors="replace")
@@ -728,13 +729,12 @@ class Trainer:
 def run_trials(trainer: Trainer, source: str, start_s: float, argv: list[str]) -> str:
     """All seeds; returns the status of the last."""
     config, world = trainer.config, trainer.world
-    names = [path.name for path in trainer.shards]
     for seed in range(config.seed, config.seed + config.trials):
         trainer.reset(seed)
-        log = Log(source, config, seed, world, argv=argv, shards=names)
+        log = Log(source, config, seed, world, argv=argv, shards=list(trainer.shards))
         status, agree = trainer.train(log), trainer.ranks_agree()
         status = status if agree else "ranks hold different parameters"
-        peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
+        peak = torch.cuda.max_memory_allocated()  # 0 where there is no CUDA
         facts = dict(rows=trainer.rows, peak_gib=round(peak / 2**30, 3), start_s=start_s)
         log.record("end", status=status, ranks_agree=agree, **facts)
         if config.sample_tokens and status == "complete":
@@ -756,16 +756,15 @@ def main(argv: list[str]) -> int:
     try:
         config = parse_config(argv)
         check_config(config, size)
-        shards, val_shard = check_data(config)
-        if not config.target and (manifest := val_shard.with_name("manifest.json")).is_file():
-            config = replace(config, target=json.loads(manifest.read_text()).get("target", 0.0))
+        shards, val_tokens = check_data(config)
+        config = replace(config, target=target_of(config))
         world = World(rank, size, choose_device(config.device))
-        world.join()
-        trainer = Trainer(config, world, shards, val_shard)
+        trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()
     except (ValueError, FileNotFoundError) as error:
-        if rank == 0:
-            print(f"train_gpt.py: {error}", file=sys.stderr)
+        if rank > 0:
+            time.sleep(10)  # rank 0 speaks, exits, and torchrun ends this one; or it is alone in it
+        print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
     start_s = round(time.perf_counter() - STARTED, 3)
     status = run_trials(trainer, source, start_s, argv)

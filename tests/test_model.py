@@ -6,6 +6,7 @@ without anything clever: complex numbers rotate, loops go over blocks and heads.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch import Tensor
 import train_gpt
 from optimizers import OPTIMIZERS
 from optimizers.slot import MatrixOptimizer
-from train_gpt import Config, batches_in, build_model, build_optimizers, initialise, train_batches
+from train_gpt import (
+    Config,
+    batches_in,
+    build_model,
+    build_optimizers,
+    check_data,
+    initialise,
+    train_batches,
+)
 
 CPU = torch.device("cpu")
 SMALL = Config(**TINY)
@@ -403,7 +412,8 @@ def test_the_step_gets_the_gradient_of_the_sum_over_all_tokens(
     """Against one backward pass over the first 512 tokens, outside of the trainer."""
     model, config = small_model()
     randomise(model, seed=1)
-    row = next(train_batches(sorted(corpus.glob("*_train_*.bin")), config, 0, 1)).long()
+    shards, _ = check_data(replace(config, data=str(corpus)))
+    row = next(train_batches(shards, config, 0, 1)).long()
     model(row[:-1].view(16, 32), row[1:].view(16, 32)).backward()
     groups = [g for opt in build_optimizers(model, config) for g in opt.param_groups]
     params = [p for group in groups for p in group["params"]]
@@ -433,7 +443,8 @@ def test_the_same_tokens_reach_the_same_step_whatever_the_number_of_ranks(
     corpus: Path, size: int
 ) -> None:
     """Through both shards and their start again; each rank also has the token after its slice."""
-    shards = sorted(corpus.glob("*_train_*.bin"))
+    shards, _ = check_data(replace(SMALL, data=str(corpus), steps=30))
+    assert len(shards) == 2
     alone = train_batches(shards, SMALL, 0, 1)
     ranks = [train_batches(shards, SMALL, rank, size) for rank in range(size)]
     steps = sum(batches_in(count, 512) for count in (9000, 7000))

@@ -71,7 +71,6 @@ def main() -> None:
     config = train_gpt.parse_config(rest)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     world = train_gpt.World(rank, size, train_gpt.choose_device(config.device))
-    world.join()
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", os.getpid())
     folder = Path(tempfile.gettempdir()) / f"bench_trainer_{run_id}"
     if rank == 0:
@@ -84,7 +83,7 @@ def main() -> None:
         torchrun = f"torchrun --standalone --nproc_per_node={size}"
         launcher = [torchrun if dist.is_initialized() else "python"]
         line = dict(
-            bench="trainer", device=world.device_name(), gpus=size, torch=torch.__version__,
+            bench="trainer", device=world.device_name, gpus=size, torch=torch.__version__,
             commit=commit(),
             command=" ".join([*launcher, "tools/bench_trainer.py", *rest]),
             preset=config.preset, optimizer=config.optimizer, batch_tokens=config.batch_tokens,
