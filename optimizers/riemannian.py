@@ -36,13 +36,14 @@ def solve_laplacian(U: Tensor, q: Tensor, steps: int) -> Tensor:
     """(diag(P) - P * P)^+ q, P = U U^T never formed; U (k, m, n), q (k, m, 1) of sum 0."""
     diagonal, lam, r, p = row_dot(U, U), torch.zeros_like(q), q, q
     rr = r.square().sum(dim=-2, keepdim=True)
+    solved = torch.finfo(q.dtype).eps ** 2 * rr  # beyond it the quotients are of rounding errors
     for _ in range(steps):
         Ap = diagonal * p - row_dot(U @ (U.mT @ (p.to(U.dtype) * U)), U)
         curvature, scale = ((p * v).sum(dim=-2, keepdim=True) for v in (Ap, diagonal * p))
-        alpha = torch.where(curvature > 1e-6 * scale, rr / curvature, 0)  # 0: solved, or rounding
+        alpha = torch.where((rr > solved) & (curvature > 1e-6 * scale), rr / curvature, 0)
         lam, r = lam + alpha * p, r - alpha * Ap
         before, rr = rr, r.square().sum(dim=-2, keepdim=True)
-        p = r + torch.where(before > 0, rr / before, 0) * p
+        p = r + torch.where(before > solved, rr / before, 0) * p
     return lam
 
 
@@ -78,7 +79,7 @@ class RiemannianAurora(Aurora):
     def even(self, X: Tensor, group: dict) -> Tensor:
         X, how = unit_max(X), (group["polar"], group["dtype"])
         tiny = torch.finfo(X.dtype).tiny
-        X = X * (X.size(-1) ** 0.5 / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny))
+        X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny) * X.size(-1) ** 0.5
         U = polar(X, *how).to(X.dtype)
         for _ in range(group["climbs"]):
             U = climb(X, U, group["step_size"], group["cg_steps"], group["dtype"])
