@@ -37,10 +37,11 @@ def solve_laplacian(U: Tensor, q: Tensor, steps: int) -> Tensor:
     diagonal, lam, r, p = row_dot(U, U), torch.zeros_like(q), q, q
     rr = r.square().sum(dim=-2, keepdim=True)
     solved = torch.finfo(q.dtype).eps ** 2 * rr  # beyond it the quotients are of rounding errors
+    flat = max(1e-6, torch.finfo(U.dtype).eps)  # less curvature than that is rounding, too
     for _ in range(steps):
         Ap = diagonal * p - row_dot(U @ (U.mT @ (p.to(U.dtype) * U)), U)
         curvature, scale = ((p * v).sum(dim=-2, keepdim=True) for v in (Ap, diagonal * p))
-        alpha = torch.where((rr > solved) & (curvature > 1e-6 * scale), rr / curvature, 0)
+        alpha = torch.where((rr > solved) & (curvature > flat * scale), rr / curvature, 0)
         lam, r = lam + alpha * p, r - alpha * Ap
         before, rr = rr, r.square().sum(dim=-2, keepdim=True)
         p = r + torch.where(before > solved, rr / before, 0) * p
