@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, Diagnostics, activity
 
 ####################################################################################################
 #                                              Config                                              #
@@ -61,6 +61,7 @@ class Config:
     device: str = ""  # cuda, mps or cpu; default: the first that works
     compile: bool = True  # --no-compile: eager, as CPU and MPS always are
     wandb: bool = False  # log to Weights & Biases as well
+    diagnostics: bool = False  # at validations, log what the last update did to MLP neurons
     vocab_size: int = 50304
     layers: int = 12
     width: int = 768
@@ -73,7 +74,7 @@ class Config:
     get_data: str = "python data/cached_fineweb10B.py 18"  # what makes the data folder
 
 
-FLAGS = fields(Config)[:17]  # up to wandb; what follows belongs to the benchmark
+FLAGS = fields(Config)[:18]  # up to diagnostics; what follows belongs to the benchmark
 PRESETS = {
     "track3": {},
     "prose": dict(
@@ -287,11 +288,11 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = Linear(config.width, config.vocab_size)
 
-    def trunk(self, tokens_BT: Tensor) -> Tensor:
+    def trunk(self, tokens_BT: Tensor, eager: bool = False) -> Tensor:
         cos, sin = (table[: tokens_BT.size(1)] for table in self.rotary)
         x = self.norm1(self.embed(tokens_BT))
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block.forward(x, cos, sin) if eager else block(x, cos, sin)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -342,11 +343,11 @@ def initialise(model: GPT, seed: int) -> None:
 
 def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW for embedding, head and 1-D parameters, the chosen optimizer for all other matrices."""
-    named = [(name, p) for name, p in model.blocks.named_parameters() if p.ndim == 2]
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name]
+    rooms = (("attn", ".attn.", None), ("fc", ".mlp.fc.", 0), ("proj", ".mlp.proj.", 1))
     matrices = [
-        dict(name="attn", neuron_axis=None, params=[p for name, p in named if ".attn." in name]),
-        dict(name="fc", neuron_axis=0, params=[p for name, p in named if ".mlp.fc." in name]),
-        dict(name="proj", neuron_axis=1, params=[p for name, p in named if ".mlp.proj." in name]),
+        dict(name=name, neuron_axis=axis, params=[pair for pair in named if room in pair[0]])
+        for name, room, axis in rooms
     ]
     others = [
         dict(name="embed", lr=0.7, params=[model.embed.weight]),
@@ -369,16 +370,17 @@ def build_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Config) -> None:
     """Applies --set, by group or by optimizer (all groups of it), and --lr-scale."""
     adamw, matrix = (opt.param_groups for opt in optimizers)
-    named = {group["name"]: [group] for group in adamw + matrix}
-    named |= {"adamw": adamw, config.optimizer: matrix}
-    keys = {name: sorted(some[0].keys() - {"params", "name"}) for name, some in named.items()}
+    named = {group["name"]: [group] for group in adamw + matrix} | {"adamw": adamw}
+    named[config.optimizer] = named.get(config.optimizer, []) + matrix
+    fixed = {"params", "param_names", "name"}
+    keys = {name: sorted(set().union(*some) - fixed) for name, some in named.items()}
     for setting in config.set:
         where, _, text = setting.partition("=")
         name, _, key = where.partition(".")
         if key not in keys.get(name, []):
             known = f"names of {name}: {keys[name]}" if name in keys else f"groups: {list(keys)}"
             raise ValueError(f"--set {setting}: expected group.name=value; {known}")
-        for group in named[name]:
+        for group in (group for group in named[name] if key in group):
             old = group[key]
             try:
                 value = text if isinstance(old, str) else ast.literal_eval(text)
@@ -395,7 +397,7 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
 def read_back(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
     """The hyperparameters that the optimizers use, from their groups and not from the plan."""
     groups = [(type(opt).__name__.lower(), g) for opt in optimizers for g in opt.param_groups]
-    return [{"optimizer": name} | {k: g[k] for k in g if k != "params"} for name, g in groups]
+    return [{"optimizer": name} | {k: g[k] for k in g if "param" not in k} for name, g in groups]
 
 
 ####################################################################################################
@@ -479,13 +481,14 @@ class Log:
 
             self.wandb = wandb.init(project="aurora-speedrun", name=self.path.stem, config=meta)
 
-    def say(self, text: str, file: bool = True) -> None:
+    def say(self, text: str, file: bool = True, console: bool = True) -> None:
         if self.file:
-            print(text, flush=True)
+            if console:
+                print(text, flush=True)
             self.file.write(text + "\n" if file else "")
 
-    def record(self, key: str, **values) -> None:
-        self.say(f"{key}: {json.dumps(values, default=str)}")
+    def record(self, key: str, console: bool = True, **values) -> None:
+        self.say(f"{key}: {json.dumps(values, default=str)}", console=console)
         if self.wandb:
             self.wandb.summary[key] = json.dumps(values, default=str)
 
@@ -578,6 +581,8 @@ class Trainer:
         local = config.val_tokens // world.size  # each rank validates a contiguous slice
         mine = val_tokens[world.rank * local : (world.rank + 1) * local + 1]
         self.val = mine.to(torch.int32).to(world.device)
+        count = len(list(self.model.parameters()))  # steps with a gradient that is not finite:
+        self.bad_grads = torch.zeros(count, device=world.device)  # read at validations only
 
     def microbatches(self, tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64."""
@@ -600,6 +605,8 @@ class Trainer:
         factor = min(1.0, (1 - step / self.config.steps) / self.config.cooldown)
         for group in (group for opt in self.optimizers for group in opt.param_groups):
             group["lr"] = group["initial_lr"] * factor
+        norms = torch._foreach_norm([p.grad for p in self.model.parameters()], math.inf)
+        self.bad_grads += torch.stack([norm.float() for norm in norms]).isfinite().logical_not()
         works, grads = [], [p.grad for group in self.adamw.param_groups for p in group["params"]]
         if dist.is_initialized():
             small = [g for g in grads if g.ndim < 2]  # these travel together
@@ -662,6 +669,7 @@ class Trainer:
         initialise(self.model, seed)
         self.adamw.state.clear()
         self.matrix.reset()
+        self.bad_grads.zero_()
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -674,30 +682,60 @@ class Trainer:
         self.optimizer_step(step)
         return loss
 
+    def validates(self, step: int) -> bool:
+        steps, every = self.config.steps, self.config.val_every
+        every = every if 10 * step < 9 * steps else max(every // 5, 1)
+        return step == steps or step % every == 0
+
+    def report_bad_gradients(self, log: Log, step: int) -> None:
+        """Names the parameters whose gradients were not finite since the last validation."""
+        counts = self.world.all_reduce(self.bad_grads.clone(), "MAX").tolist()
+        names = (name for name, _ in self.model.named_parameters())
+        bad = [(int(count), name) for name, count in zip(names, counts, strict=True) if count]
+        if bad:  # the first to fail has the most steps
+            gradients = {name: count for count, name in sorted(bad, reverse=True)}
+            log.record("nonfinite", step=step, gradients=gradients)
+            self.bad_grads.zero_()
+
+    def diagnose(self, diagnostics: Diagnostics, log: Log, step: int) -> None:
+        started = time.perf_counter()
+        layers = {f"blocks.{i}.mlp.fc": b.mlp.fc for i, b in enumerate(self.model.blocks)}
+        tokens = self.val[: min(len(self.val) - 1, 2**16) + 1]
+        batches = (inputs for inputs, _ in self.microbatches(tokens, self.rows))
+        neurons = activity(layers, lambda batch: self.model.trunk(batch, eager=True), batches)
+        values = dict(matrices=diagnostics.measure(step), neurons=neurons)
+        seconds = round(time.perf_counter() - started, 3)
+        log.record("diag", console=False, step=step, seconds=seconds, **values)
+
     def train(self, log: Log) -> str:
         """From reset weights to the last step; returns "complete" or what stopped it."""
         config, world, never = self.config, self.world, self.config.steps + 1
+        diagnostics = Diagnostics(self.matrix) if config.diagnostics else None
         batches = train_batches(self.shards, config, world.rank, world.size)
         bad_step = torch.full((), never, device=world.device)  # the first with a non-finite loss
         self.points = points = []  # (step, loss, seconds) of each validation
         seconds = since = 0.0  # the clock shows `seconds`, and the time `since` it runs
         for step in range(config.steps + 1):
-            every = config.val_every if 10 * step < 9 * config.steps else config.val_every // 5
-            if step == config.steps or step % max(every, 1) == 0:
+            if self.validates(step):
                 world.synchronize()
                 seconds += time.perf_counter() - since if step else 0.0
                 with self.matrix.readout():
                     val_loss = self.validate()
                 log.step(step, config.steps, seconds, val_loss)
+                self.report_bad_gradients(log, step)
                 first_bad = int(world.all_reduce(bad_step.clone(), "MIN"))
                 points.append((step, val_loss, seconds))
                 if first_bad < never or not math.isfinite(val_loss):
                     return f"non-finite loss at step {min(first_bad, step)}"
                 if reached := crossing(points, config.target):
                     log.record("target", **reached)
+                if diagnostics and step:
+                    self.diagnose(diagnostics, log, step)
                 world.synchronize()
                 since = time.perf_counter()
             if step < config.steps:
+                if diagnostics and self.validates(step + 1):
+                    diagnostics.before_step()
                 loss = self.step(step, next(batches))
                 bad_step = bad_step.minimum(torch.where(loss.isfinite(), never, step + 1))
                 if step == 0:

@@ -2,9 +2,11 @@
 
 from .adamw import AdamW
 from .aurora import Aurora
+from .diagnostics import Diagnostics, activity
 from .muon import Muon
 from .normuon import NorMuon
 from .riemannian import RiemannianAurora
+from .slot import MatrixOptimizer
 from .unormuon import UNorMuon
 
 OPTIMIZERS = {
@@ -15,3 +17,5 @@ OPTIMIZERS = {
     "aurora": Aurora,
     "riemannian": RiemannianAurora,
 }
+__all__ = ["OPTIMIZERS", "Diagnostics", "MatrixOptimizer", "activity"]
+__all__ += [kind.__name__ for kind in OPTIMIZERS.values()]
