@@ -251,6 +251,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "comes from another optimizer or model"
                 )
         for group, saved in zip(self.param_groups, groups, strict=True):
+            self._check_values(group | saved)  # of all groups, before anything changes
+        for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
         self.deal()
         order = {p: i for i, p in enumerate(self._parameters())}
@@ -271,13 +273,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if any(bucket.state for bucket in self._buckets):
             raise ValueError("a group cannot be added after the first step: momentum would be lost")
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if p.ndim != 2:
-                raise ValueError(
-                    f"{type(self).__name__} takes matrices, found a parameter of shape "
-                    f"{tuple(p.shape)}: give it to torch.optim.AdamW instead"
-                )
-        self.deal()
+        try:
+            self.deal()
+        except ValueError:
+            self.param_groups.pop()  # the others go on as they were
+            self.deal()
+            raise
 
     def deal(self) -> None:
         """Deals all parameters to ranks, without state; again if hyperparameters were replaced."""
@@ -286,6 +287,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._check_values(group)
             by_kind: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(
+                        f"{type(self).__name__} takes matrices, found a parameter of shape "
+                        f"{tuple(p.shape)}: give it to torch.optim.AdamW instead"
+                    )
                 by_kind.setdefault((p.shape, p.dtype, p.device), []).append(p)
             self._buckets += [Bucket(group, params) for params in by_kind.values()]
         costs = [self.cost(p.shape, b.group) for b in self._buckets for p in b.params]
