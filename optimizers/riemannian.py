@@ -76,6 +76,7 @@ class RiemannianAurora(Aurora):
     defaults = Muon.defaults | dict(
         balance="both", climbs=3, step_size=0.1, cg_steps=20, retractions=2
     )
+    worth_compiling = False  # 60 steps of conjugate gradients in a row
 
     def even(self, X: Tensor, group: dict) -> Tensor:
         X, how = unit_max(X), (group["polar"], group["dtype"])

@@ -65,12 +65,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             "neuron_axis", and any hyperparameter of `defaults`); also (name, parameter) pairs.
         reduce: True: gradients differ by rank and the slot sums them. False: they are already
             reduced (DDP), the slot only shares the work.
-        compile: compile the update of each bucket; None: on CUDA only.
+        compile: compile the update of each bucket; None: on CUDA, where it is worth it.
         hyperparameters: as in `defaults` of the class; an unknown one raises ValueError.
     """
 
     defaults = dict(lr=0.02, weight_decay=0.0, momentum=0.95)
     choices: dict = {}  # hyperparameter: the values that it may have
+    worth_compiling = True  # False where unrolled loops would compile for minutes
 
     def __init__(
         self, params, *, reduce: bool = True, compile: bool | None = None, **hyperparameters
@@ -84,7 +85,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.rank = dist.get_rank() if grouped else 0
         super().__init__(params, {**self._known, **hyperparameters})
         on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
-        self.compiled = on_cuda if compile is None else compile
+        self.compiled = on_cuda and self.worth_compiling if compile is None else compile
         self._maths = self._new_weights
         if self.compiled:
             self._maths = torch.compile(self._new_weights, dynamic=False, fullgraph=True)

@@ -1,8 +1,8 @@
-"""Regenerate the tables and the picture of README.md: `python -m records.report [--check]`.
+"""Regenerate the tables of `PAGES` and the README's picture: `python -m records.report [--check]`.
 
 A table stands between the lines `<!-- table:NAME -->` and `<!-- /table:NAME -->`, one pair for each
-of `TABLES`. The data are the logs records/prose/*.txt and records/bench/*.jsonl (one line per
-measurement, newest last). `--check` only compares and exits with 2 where README.md is stale.
+name of the page. The data are the logs records/prose/*.txt and records/bench/*.jsonl (one line per
+measurement, newest last). `--check` only compares and exits with 2 where a page is stale.
 """
 
 import argparse
@@ -80,6 +80,19 @@ def bench_table(root: Path, bench: str) -> str:
     return f"{table}\nMade by {', '.join(commands)}.\n"
 
 
+def exactness_table(root: Path, bench: str) -> str:
+    """The newest rows of each device and command, as tools/exactness.py wrote them."""
+    keys, command = ("bench", "device", "command"), "python tools/exactness.py"
+    entries = _newest(root / "records/bench/exactness.jsonl", keys)
+    text = ""
+    for entry in (entry for entry in entries if entry["bench"] == bench):
+        header = list(max(entry["rows"], key=len))
+        rows = [[_look(str(row.get(key, "-")))[0] for key in header] for row in entry["rows"]]
+        text += f"{_markdown(header, rows)}\nMade by `{entry['command']}` on {entry['device']} "
+        text += f"({entry['shape']}, torch {entry['torch']}, commit {entry['commit'][:7]}).\n"
+    return text or f"not measured yet: run `{command}`\n"
+
+
 def _newest(path: Path, keys: tuple[str, ...]) -> list[dict]:
     """The last line of a JSONL file for each value of `keys`, sorted by them."""
     found: dict[tuple, dict] = {}
@@ -137,32 +150,37 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 TABLES = {"prose": prose_table} | {f"bench_{b}": partial(bench_table, bench=b) for b in BENCHES}
+TABLES |= {bench: partial(exactness_table, bench=bench) for bench in ("polar", "parity")}
+PAGES = {"README.md": ("bench_optimizers", "bench_trainer", "prose"),
+         "docs/optimizers.md": ("parity", "polar")}
 
 
-def fill_tables(text: str, root: Path) -> str:
-    """The README text with the inside of every marker pair written anew."""
+def fill_tables(text: str, root: Path, page: str = "README.md") -> str:
+    """The text of a page with the inside of every marker pair written anew."""
     names = sorted(block[2] for block in BLOCK.finditer(text))
-    if names != sorted(TABLES):
-        raise ValueError(f"README.md has whole marker pairs for {names}, expected one for each of "
-                         f"{sorted(TABLES)}; see the top of records/report.py")
+    if names != sorted(PAGES[page]):
+        raise ValueError(f"{page} has whole marker pairs for {names}, expected one for each of "
+                         f"{sorted(PAGES[page])}; see the top of records/report.py")
     return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](root) + block[3], text)
 
 
 def check(root: Path) -> None:
-    """ValueError on the first line of README.md that is not what the data say."""
-    text = (root / "README.md").read_text(encoding="utf-8")
-    pairs = zip_longest(text.split("\n"), fill_tables(text, root).split("\n"))
-    for number, (found, expected) in enumerate(pairs, 1):
-        if found != expected:
-            raise ValueError(f"README.md line {number}: found '{found}', expected '{expected}'; "
-                             "run python -m records.report")
+    """ValueError on the first line of a page that is not what the data say."""
+    for page in PAGES:
+        text = (root / page).read_text(encoding="utf-8")
+        pairs = zip_longest(text.split("\n"), fill_tables(text, root, page).split("\n"))
+        for number, (found, expected) in enumerate(pairs, 1):
+            if found != expected:
+                raise ValueError(f"{page} line {number}: found '{found}', expected '{expected}'; "
+                                 "run python -m records.report")
 
 
 def write(root: Path) -> None:
-    """Tables into README.md and, once there is a complete run, records/prose/curves.png."""
-    readme = root / "README.md"
-    text = fill_tables(readme.read_text(encoding="utf-8"), root)
-    readme.write_text(text, encoding="utf-8", newline="\n")
+    """Tables into the pages and, once there is a complete run, records/prose/curves.png."""
+    texts = {page: (root / page).read_text(encoding="utf-8") for page in PAGES}
+    texts = {page: fill_tables(text, root, page) for page, text in texts.items()}
+    for page, text in texts.items():
+        (root / page).write_text(text, encoding="utf-8", newline="\n")
     if runs := [run for run in prose_runs(root) if run.status == "complete"]:
         draw_curves(runs, root / "records/prose/curves.png")
 

@@ -1,4 +1,4 @@
-"""optimizers/diagnostics.py: against definitions written out in float64, and in the trainer's log."""
+"""optimizers/diagnostics.py: against definitions written out in float64, and in a run's log."""
 
 import json
 import os

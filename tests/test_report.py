@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = ("prose", "bench_optimizers", "bench_trainer")
 BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NAMES]
+DOCS_BLOCKS = [block.replace("prose", name) for name in ("polar", "parity") for block in BLOCKS[:1]]
 SCRIPT = 'print(f"step:{step}/{steps} val_loss:{loss}")\n'
 
 
@@ -44,11 +45,13 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "records/bench").mkdir()
     text = "# Title\n\nTables: `<!-- table:NAME -->`.\n\n" + "\ntext\n\n".join(BLOCKS)
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/optimizers.md").write_text("".join(DOCS_BLOCKS), encoding="utf-8")
     return tmp_path
 
 
-def table(root: Path, name: str) -> list[str]:
-    text = (root / "README.md").read_text(encoding="utf-8")
+def table(root: Path, name: str, page: str = "README.md") -> list[str]:
+    text = (root / page).read_text(encoding="utf-8")
     block = text.split(f"<!-- table:{name} -->\n")[1].split(f"<!-- /table:{name} -->")[0]
     return block.splitlines()
 
@@ -112,6 +115,35 @@ def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
         "", "Made by `python tools/bench.py`."]
     assert [row.split(" | ")[1:4] for row in table(root, "bench_trainer")[2:4]] == [
         ["1 x H200", "prose", "456,000"], ["8 x H200", "prose", "3,648,003"]]
+
+
+def test_exactness_tables_go_into_the_page_on_optimizers(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = "docs/optimizers.md"
+    main([], root)
+    assert table(root, "polar", page) == ["not measured yet: run `python tools/exactness.py`"]
+    origin = {"device": "cpu", "torch": "2.11.0", "commit": "0123456789ab", "command": "python x"}
+    polar = {"bench": "polar", "shape": "8 x 2"} | origin
+    parity = {"bench": "parity", "shape": "small"} | origin
+    write_bench(root, "exactness", [
+        polar | {"rows": [{"method": "old", "3": "9"}]},
+        parity | {"rows": [{"optimizer": "adamw", "float64": 1e-15},
+                           {"optimizer": "muon", "float64": 2e-15, "bfloat16": 0.004}]},
+        polar | {"rows": [{"method": "quintic12", "3": "3.8e-03 / 5.0e-03"}]}])
+    main([], root)
+    assert table(root, "polar", page) == [
+        "| method | 3 |", "| --- | --- |", "| quintic12 | 3.8e-03 / 5.0e-03 |", "",
+        "Made by `python x` on cpu (8 x 2, torch 2.11.0, commit 0123456)."]
+    assert table(root, "parity", page)[:4] == [
+        "| optimizer | float64 | bfloat16 |", "| --- | --- | --- |", "| AdamW | 1e-15 | - |",
+        "| Muon | 2e-15 | 0.004 |"]
+    main(["--check"], root)
+    text = (root / page).read_text(encoding="utf-8")
+    (root / page).write_text(text.replace("0.004", "0.003"), encoding="utf-8")
+    assert failure(["--check"], root, capsys).startswith(f"{page} line 13: found '| Muon")
+    (root / page).write_text("no tables", encoding="utf-8")
+    assert failure([], root, capsys).startswith(f"{page} has whole marker pairs for []")
 
 
 def test_check_sees_one_changed_digit(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

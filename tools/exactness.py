@@ -29,7 +29,7 @@ from optimizers.polar import POLAR, polar  # noqa: E402
 CONDITIONS = (3, 10, 30, 100, 300, 1000, 3000)
 PRODUCTS = (torch.bfloat16, torch.float16, torch.float32)
 PARITY = {  # shapes, each with the axis of its neurons
-    "tall, wide": (((24, 6), 0), ((6, 24), 1), ((24, 6), None), ((10, 4), 1)),
+    "tall or wide": (((24, 6), 0), ((6, 24), 1), ((24, 6), None), ((10, 4), 1)),
     "m = n + 1": (((9, 8), 0),),
     "square": (((8, 8), 0),),
 }
