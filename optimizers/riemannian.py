@@ -15,7 +15,7 @@ diag(P), takes X at its own scale, and crashes for m != n.
 
 Source: arXiv 2606.27715, aurora-release src/riemannian_aurora.py, as described in aurora.md 1.5.
 Memory: Muon's. FLOPs: those of 1 + climbs x retractions polar factors (7) and of climbs x cg_steps
-(60) products with P * P, 8 m n^2 each: 16 times Muon's in all at 4x.
+(60) products with P * P, 4 m n^2 each: 11 times Muon's in all at 4x.
 """
 
 import torch
@@ -89,5 +89,5 @@ class RiemannianAurora(Aurora):
         return U
 
     def polar_factors(self, group: dict) -> float:
-        steps = group["climbs"] * (group["retractions"] + group["cg_steps"] * 8 / 216)
-        return 1 + steps  # 8 m n^2 for a step of lam, 216 n^3 = 54 m n^2 for a polar factor at 4x
+        steps = group["climbs"] * (group["retractions"] + group["cg_steps"] * 4 / 54)
+        return 1 + steps  # 4 m n^2 for a step of lam, 216 n^3 = 54 m n^2 for a polar factor at 4x

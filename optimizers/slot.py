@@ -227,9 +227,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             for key, mine in bucket.state.items():
                 for owner, indices in enumerate(bucket.owned):
-                    stack = mine
-                    if owner != self.rank:
-                        stack = mine.new_empty(len(indices), *mine.shape[1:])
+                    shape = (len(indices), *mine.shape[1:])
+                    stack = mine if owner == self.rank else mine.new_empty(shape)
                     if self.world_size > 1 and indices:
                         dist.broadcast(stack, owner)
                     for i, value in zip(indices, stack, strict=True):

@@ -77,3 +77,7 @@ def test_the_readme_stays_below_12_kilobytes() -> None:
     if not readme.is_file():
         pytest.skip("there is no README.md yet")
     assert len(readme.read_bytes()) < 12 * 1024
+
+
+def test_the_page_on_optimizers_stays_below_9_kilobytes() -> None:
+    assert len((ROOT / "docs/optimizers.md").read_bytes()) < 9 * 1024

@@ -173,6 +173,15 @@ def test_zero_rows_get_no_update_and_the_others_do(
         assert alive.min() > (0.2 if name in BALANCED else 0.005) * (6 / 20) ** 0.5
 
 
+@pytest.mark.parametrize("name", ["muon", "aurora", "riemannian"])
+def test_rounding_fills_the_missing_directions_of_a_low_rank_gradient(name: str) -> None:
+    """aurora.md 1.7, row 13: the exact update has rank 4, in bfloat16 it has not."""
+    X = gaussian(256, 4) @ gaussian(4, 64, seed=1)
+    rough, exact = sigma(direction(name, X.float())), sigma(direction(name, X, **EXACT))
+    assert exact[3] > 0.99 and exact[4] < 1e-6
+    assert rough[3] > 0.9 and rough[10] > 0.1
+
+
 @every
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(

@@ -141,7 +141,7 @@ def test_exactness_tables_go_into_the_page_on_optimizers(
     main(["--check"], root)
     text = (root / page).read_text(encoding="utf-8")
     (root / page).write_text(text.replace("0.004", "0.003"), encoding="utf-8")
-    assert failure(["--check"], root, capsys).startswith(f"{page} line 13: found '| Muon")
+    assert failure(["--check"], root, capsys).startswith(f"{page} line 12: found '| Muon")
     (root / page).write_text("no tables", encoding="utf-8")
     assert failure([], root, capsys).startswith(f"{page} has whole marker pairs for []")
 
