@@ -340,6 +340,18 @@ def initialise(model: GPT, seed: int) -> None:
             raise AssertionError(f"no initialisation for {name}")
 
 
+@torch.no_grad()
+def generate(model: GPT, ids: list, count: int, seed: int, temperature=0.7, top_k=0) -> list:
+    """`ids` and `count` more, drawn below ids[0], the end of text; inputs of one shape."""
+    draws, ids, width = torch.Generator().manual_seed(seed), list(ids), len(model.rotary[0])
+    for _ in range(count):  # the padding is not seen: attention is causal
+        row = torch.tensor([(ids[-width:] + width * [0])[:width]], device=model.head.weight.device)
+        logits = model.logits(model.trunk(row)[:, min(len(ids), width) - 1])[0, : ids[0]].cpu()
+        logits[logits < logits.topk(top_k or ids[0]).values[-1]] = -math.inf
+        ids += torch.multinomial((logits / temperature).softmax(-1), 1, generator=draws).tolist()
+    return ids
+
+
 ####################################################################################################
 #                                            Optimizers                                            #
 ####################################################################################################
@@ -798,17 +810,9 @@ class Trainer:
         sums = torch.stack([p.view(bits[p.element_size()]).sum() for p in params])
         return torch.equal(*(self.world.all_reduce(sums.clone(), op) for op in ("MIN", "MAX")))
 
-    @torch.no_grad()
     def sample(self, prompt: bytes) -> str:
-        """Text from a byte model, drawn at temperature 0.7; inputs of one shape, compiled once."""
-        generator, ids = torch.Generator().manual_seed(self.config.seed), [256, *prompt]
-        for _ in range(self.config.sample_tokens):
-            recent = torch.tensor([ids[-self.config.row_tokens :]])
-            padding = self.config.row_tokens - recent.size(1)  # unseen: attention is causal
-            context = F.pad(recent, (0, padding)).to(self.world.device)
-            x = self.model.trunk(context)[:, -1 - padding]
-            p = (self.model.logits(x)[0, :256].cpu() / 0.7).softmax(-1)
-            ids.append(int(torch.multinomial(p, 1, generator=generator)))
+        """Text from a byte model, drawn at temperature 0.7."""
+        ids = generate(self.model, [256, *prompt], self.config.sample_tokens, self.config.seed)
         return bytes(ids[1:]).decode("utf-8", errors="replace")
 
 
