@@ -291,13 +291,12 @@ def hub(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def in_python(folder: Path, port: int, *lines: str) -> tuple[int, str, str]:
-    """Lines of a program that has the tool imported, with a hub at this port."""
-    start = f"import sys; sys.path.append({str(ROOT / 'tools')!r}); import hellaswag"
+def in_python(folder: Path, port: int, *words: str) -> tuple[int, str, str]:
+    """What `python words...` does in this folder, with a hub at this port."""
     env = dict(HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HOME=str(folder / "hf"),
                HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_ETAG_TIMEOUT="2", HF_HUB_OFFLINE="0",
                NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # fmt: skip
-    return in_fresh_python("-c", "\n".join([start, *lines]), cwd=folder, **env)
+    return in_fresh_python(*words, cwd=folder, **env)
 
 
 def test_data_comes_from_the_hub_once_and_is_checked(
@@ -306,11 +305,11 @@ def test_data_comes_from_the_hub_once_and_is_checked(
     """Asked, and fetched, by the first of three; the third expects the sha256 of the real file."""
     sha256 = hashlib.sha256(hub.content).hexdigest()
     write_checkpoint(tmp_path / "run.pt")
-    run = "code = hellaswag.main(['run.pt', '--device', 'cpu'])"
-    expected, made = f"hellaswag.SHA256 = {hellaswag.SHA256!r}", f"hellaswag.SHA256 = {sha256!r}"
-    code, out, err = in_python(
-        tmp_path, hub.server_port, made, run, run, expected, run, "sys.exit(code)"
-    )
+    program = f"""import sys; sys.path.append({str(ROOT / "tools")!r}); import hellaswag
+for hellaswag.SHA256 in {[sha256, sha256, hellaswag.SHA256]!r}:
+    code = hellaswag.main(["run.pt", "--device", "cpu"])
+sys.exit(code)"""
+    code, out, err = in_python(tmp_path, hub.server_port, "-c", program)
     first, second = out.splitlines()
     assert code == 2 and "examples:3" in first and first == second
     assert f"has sha256 {sha256}, expected 8998" in err.splitlines()[-1]
@@ -320,9 +319,9 @@ def test_data_comes_from_the_hub_once_and_is_checked(
 def test_without_a_network_one_sentence_says_what_to_do(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     write_checkpoint(tmp_path / "run.pt")
-    run = "sys.exit(hellaswag.main(['run.pt', '--device', 'cpu']))"
+    run = [str(ROOT / "tools/hellaswag.py"), "run.pt", "--device", "cpu"]
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        code, out, err = in_python(tmp_path, unused.getsockname()[1], run)
+        code, out, err = in_python(tmp_path, unused.getsockname()[1], *run)
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert "cannot fetch Rowan/hellaswag from the hub (ConnectError" in err and "--data" in err
