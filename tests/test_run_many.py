@@ -207,5 +207,16 @@ def test_the_real_trainer_trains_and_is_skipped_when_complete(
     assert run_many.main(words) == 0 and " start " not in capsys.readouterr().out
 
 
+def test_the_page_on_submitting_is_short_and_its_command_is_understood(
+    stub: Path, capsys: pytest.CaptureFixture
+) -> None:
+    page = (ROOT / "docs/submit.md").read_text()
+    assert len(page.encode()) < 6 * 1024
+    (command,) = [line for line in page.splitlines() if "tools/run_many.py --" in line]
+    assert run_many.main(command.split()[2:]) == 0
+    assert capsys.readouterr().out.count(" start ") == 8
+    assert train_gpt.parse_config(parse_log("logs/aurora/aurora_seed8.txt").meta["argv"]).seed == 8
+
+
 def test_it_stays_below_120_lines() -> None:
     assert (ROOT / "tools/run_many.py").read_text().count("\n") < 120
