@@ -73,15 +73,15 @@ def test_every_input_has_the_same_shape(tmp_path: Path, monkeypatch: pytest.Monk
     assert shapes == {(1, 32)}
 
 
-def test_a_run_of_the_trainer_gives_a_checkpoint_that_speaks(
-    tiny: Callable, capsys: pytest.CaptureFixture
+def test_the_tool_repeats_the_sample_that_ends_a_run(
+    tiny: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
-    capsys.readouterr()
-    text = said(capsys, "run.pt", "--prompt", "def ", "--tokens", "8")
-    assert text.startswith("def ") and text == said(
-        capsys, "run.pt", "--prompt", "def ", "--tokens", "8"
-    )
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", TINY | {"sample_tokens": 40})
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt", "--seed", "3")) == 0
+    out = capsys.readouterr().out
+    words = ("--prompt", "def ", "--tokens", "40", "--seed", "3")
+    text = said(capsys, "run.pt", *words)
+    assert text.startswith("def ") and f"A sample of the model's text:\n{text}" in out
 
 
 def test_a_seed_settles_the_text_and_another_changes_it(
