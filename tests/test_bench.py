@@ -45,3 +45,25 @@ def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_p
     assert muon["ms"] > 0 and aurora["ms"] > 0
     assert aurora["rms_sigma"] < 0.05
     assert aurora["row_sq_cv"] < muon["row_sq_cv"] / 3
+
+
+def test_exactness_appends_one_line_a_table(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import exactness
+
+    monkeypatch.setattr(exactness, "CONDITIONS", (10, 3000))
+    monkeypatch.setattr(exactness, "PARITY", {"tall or wide": (((9, 3), 0),)})
+    measure = exactness.polar_rows
+    monkeypatch.setattr(exactness, "polar_rows", lambda m, n, device: measure(24, 6, device))
+    out = tmp_path / "exactness.jsonl"
+    monkeypatch.setattr(sys, "argv", ["exactness.py", "--out", str(out)])
+    exactness.main()
+    polar, parity = map(json.loads, out.read_text().splitlines())
+    assert (polar["bench"], parity["bench"]) == ("polar", "parity")
+    assert len(polar["rows"]) == 5 * 3 + 1 and len(parity["rows"]) == 6
+    first, *_, last = polar["rows"]
+    assert first["method"] == "quintic12" and last["method"] == "exact"
+    mild, hard = ([float(x) for x in first[c].split(" / ")] for c in ("10", "3000"))
+    assert max(mild) < 0.02 and hard[1] > 0.1
+    assert all(row["float64, tall or wide"] < 1e-12 for row in parity["rows"])
+    assert all(1e-8 < row["float32, tall or wide"] < 1e-3 for row in parity["rows"])

@@ -155,7 +155,7 @@ def test_a_mistyped_flag_is_one_sentence_before_anything_is_fetched(checkout: Ch
 
 def test_help_is_the_trainers(checkout: Checkout) -> None:
     code, out, _ = checkout.run("--help")
-    assert code == 0 and "--optimizer {muon,aurora}" in out
+    assert code == 0 and "{adamw,muon,normuon,unormuon,aurora,riemannian}" in out
     assert not list(checkout.root.glob("data/*/"))
 
 
