@@ -41,14 +41,14 @@ EXPRESS6 = tuple(
 def gram_polar(X: Tensor, restarts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Polar factors of wide X (k, n, m), n <= m, any scale; products in `dtype`, half as float16.
 
-    restarts: after which of the 6 steps X is made anew; (2, 4) where U is wanted, (2,) suffices
+    restarts: after which of the 6 steps X is made anew; (2, 4) where U is wanted, (3,) suffices
     for its leverage scores; all of them below m = 2 n, where gathering saves nothing.
     """
     dtype = torch.float16 if dtype == torch.bfloat16 else dtype
     restarts = restarts if X.size(-1) >= 2 * X.size(-2) else (1, 2, 3, 4, 5)
     tiny = torch.finfo(X.dtype).tiny
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
-    X = X * (8 / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny))  # above fp16's denormals
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny) * 8  # above fp16's denormals
     X, Q = X.to(dtype), None
     R = symmetric_product(X, X)
     bound = R.float().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-3)  # of the largest s^2
