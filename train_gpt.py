@@ -19,6 +19,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 
 STARTED = time.perf_counter()  # before torch is imported: the start-up time counts all of it
@@ -62,6 +64,8 @@ class Config:
     compile: bool = True  # --no-compile: eager, as CPU and MPS always are
     wandb: bool = False  # log to Weights & Biases as well
     diagnostics: bool = False  # at validations, log what the last update did to MLP neurons
+    checkpoint: str = ""  # file to write at validations; where it exists, the run goes on from it
+    eval: str = ""  # print the validation loss of this checkpoint, train nothing
     vocab_size: int = 50304
     layers: int = 12
     width: int = 768
@@ -74,7 +78,7 @@ class Config:
     get_data: str = "python data/cached_fineweb10B.py 18"  # what makes the data folder
 
 
-FLAGS = fields(Config)[:18]  # up to diagnostics; what follows belongs to the benchmark
+FLAGS = fields(Config)[:20]  # up to eval; what follows belongs to the benchmark
 PRESETS = {
     "track3": {},
     "prose": dict(
@@ -206,7 +210,7 @@ def train_batches(shards: Shards, config: Config, rank: int, size: int) -> Itera
         for tokens in shards.values():
             for i in range(batches_in(len(tokens), config.batch_tokens)):
                 start = i * config.batch_tokens + rank * local
-                yield tokens[start : start + local + 1].to(torch.int32)
+                yield tokens[start : start + local + 1]
 
 
 ####################################################################################################
@@ -449,10 +453,14 @@ def output_of(*command: str) -> str:
         return ""
 
 
+def of_trial(name: str, config: Config, seed: int) -> Path:
+    """The file of one trial: of several, each has its seed in the name."""
+    path = Path(name)
+    return path.with_suffix(f".seed{seed}{path.suffix}") if config.trials > 1 else path
+
+
 def log_path(config: Config, seed: int) -> Path:
-    path = Path(config.log or f"logs/{uuid.uuid4()}.txt")
-    several = config.log and config.trials > 1
-    return path.with_suffix(f".seed{seed}{path.suffix}") if several else path
+    return of_trial(config.log, config, seed) if config.log else Path(f"logs/{uuid.uuid4()}.txt")
 
 
 class Log:
@@ -571,6 +579,26 @@ def crossing(points: list[tuple[int, float, float]], target: float) -> dict | No
     )  # fmt: skip
 
 
+MODEL = ("vocab_size", "layers", "width", "head_dim", "row_tokens", "dtype")  # fields of Config
+RUN = (*MODEL, "optimizer", "steps", "batch_tokens", "val_tokens", "lr_scale", "set", "cooldown")
+
+
+def read_checkpoint(path: Path, config: Config, same: tuple[str, ...]) -> dict:
+    """What Trainer.save wrote, by a run with a config that is the same in these fields."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}: write one with --checkpoint")
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        then, now = saved["config"], asdict(config)
+    except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is no whole checkpoint of this trainer: name another") from None
+    for name in same:
+        if then[name] != now[name]:
+            found, expected = then[name], now[name]
+            raise ValueError(f"{path} was made with {name} {found}, now it is {expected}")
+    return saved
+
+
 class Trainer:
     """Model, optimizers and validation tokens, compiled once for all trials."""
 
@@ -675,6 +703,7 @@ class Trainer:
 
     def step(self, step: int, tokens: Tensor) -> Tensor:
         """One whole step on the rank's tokens; returns its loss, summed, before the step."""
+        tokens = tokens.to(torch.int32)
         if self.world.device.type == "cuda":
             tokens = tokens.pin_memory()  # a copy from pageable memory would wait for the device
         self.matrix.before_forward()
@@ -707,16 +736,32 @@ class Trainer:
         seconds = round(time.perf_counter() - started, 3)
         log.record("diag", console=False, step=step, seconds=seconds, **values)
 
-    def train(self, log: Log) -> str:
-        """From reset weights to the last step; returns "complete" or what stopped it."""
+    def save(self, path: Path, **facts: object) -> None:
+        """What a run of any number of ranks needs to go on; the file appears only when whole."""
+        saved = dict(config=asdict(self.config), model=self.model.state_dict(), **facts)
+        saved |= dict(adamw=self.adamw.state_dict(), matrix=self.matrix.state_dict())
+        if self.world.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(saved, part := path.with_name(path.name + ".part"))
+            part.replace(path)
+
+    def restore(self, saved: dict) -> None:
+        for name in ("model", "adamw", "matrix"):
+            getattr(self, name).load_state_dict(saved[name])
+
+    def train(self, log: Log, seed: int, saved: dict | None = None) -> str:
+        """From reset or saved weights to the last step; "complete" or what stopped it."""
         config, world, never = self.config, self.world, self.config.steps + 1
         diagnostics = Diagnostics(self.matrix) if config.diagnostics else None
+        first = saved["step"] if saved else 0
         batches = train_batches(self.shards, config, world.rank, world.size)
+        batches = islice(batches, first, None)
         bad_step = torch.full((), never, device=world.device)  # the first with a non-finite loss
-        self.points = points = []  # (step, loss, seconds) of each validation
-        seconds = since = 0.0  # the clock shows `seconds`, and the time `since` it runs
-        for step in range(config.steps + 1):
-            if self.validates(step):
+        self.points = points = saved["points"] if saved else []  # (step, loss, seconds) of each
+        seconds = points[-1][2] if saved else 0.0  # shown by the clock at its last stop
+        since = time.perf_counter()  # since when it runs
+        for step in range(first, config.steps + 1):
+            if self.validates(step) and not (saved and step == first):
                 world.synchronize()
                 seconds += time.perf_counter() - since if step else 0.0
                 with self.matrix.readout():
@@ -731,6 +776,9 @@ class Trainer:
                     log.record("target", **reached)
                 if diagnostics and step:
                     self.diagnose(diagnostics, log, step)
+                if config.checkpoint:
+                    facts = dict(seed=seed, step=step, points=points)
+                    self.save(of_trial(config.checkpoint, config, seed), **facts)
                 world.synchronize()
                 since = time.perf_counter()
             if step < config.steps:
@@ -738,8 +786,8 @@ class Trainer:
                     diagnostics.before_step()
                 loss = self.step(step, next(batches))
                 bad_step = bad_step.minimum(torch.where(loss.isfinite(), never, step + 1))
-                if step == 0:
-                    log.record("optim", step=1, groups=read_back(self.optimizers))
+                if step == first:
+                    log.record("optim", step=step + 1, groups=read_back(self.optimizers))
                 log.step(step + 1, config.steps, seconds + time.perf_counter() - since)
         return "complete"
 
@@ -764,13 +812,16 @@ class Trainer:
         return bytes(ids[1:]).decode("utf-8", errors="replace")
 
 
-def run_trials(trainer: Trainer, source: str, start_s: float, argv: list[str]) -> str:
-    """All seeds; returns the status of the last."""
+def run_trials(trainer: Trainer, saved: dict, source: str, start_s: float, argv: list[str]) -> str:
+    """All seeds, those with something saved from there; returns the status of the last."""
     config, world = trainer.config, trainer.world
     for seed in range(config.seed, config.seed + config.trials):
         trainer.reset(seed)
         log = Log(source, config, seed, world, argv=argv, shards=list(trainer.shards))
-        status, agree = trainer.train(log), trainer.ranks_agree()
+        if seed in saved:
+            trainer.restore(saved[seed])
+            log.record("resumed", step=saved[seed]["step"], checkpoint=config.checkpoint)
+        status, agree = trainer.train(log, seed, saved.get(seed)), trainer.ranks_agree()
         status = status if agree else "ranks hold different parameters"
         peak = torch.cuda.max_memory_allocated()  # 0 where there is no CUDA
         facts = dict(rows=trainer.rows, peak_gib=round(peak / 2**30, 3), start_s=start_s)
@@ -797,6 +848,10 @@ def main(argv: list[str]) -> int:
         shards, val_tokens = check_data(config)
         config = replace(config, target=target_of(config))
         world = World(rank, size, choose_device(config.device))
+        seeds = range(config.seed, config.seed + config.trials)
+        paths = {s: of_trial(config.checkpoint, config, s) for s in seeds if config.checkpoint}
+        saved = {s: read_checkpoint(p, config, RUN) for s, p in paths.items() if p.is_file()}
+        weights = read_checkpoint(Path(config.eval), config, MODEL) if config.eval else None
         trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()
     except (ValueError, FileNotFoundError) as error:
@@ -805,7 +860,13 @@ def main(argv: list[str]) -> int:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
     start_s = round(time.perf_counter() - STARTED, 3)
-    status = run_trials(trainer, source, start_s, argv)
+    if weights:
+        trainer.model.load_state_dict(weights["model"])
+        status, loss = "complete", trainer.validate()
+        if rank == 0:
+            print(f"step:{weights['step']} val_loss:{loss:.5f} {config.eval}")
+    else:
+        status = run_trials(trainer, saved, source, start_s, argv)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0 if status == "complete" else 1

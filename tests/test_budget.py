@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
-    "train_gpt.py": 815,
+    "train_gpt.py": 876,
     "optimizers/__init__.py": 25,
     "optimizers/polar.py": 90,
     "optimizers/slot.py": 335,

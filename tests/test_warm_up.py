@@ -38,7 +38,7 @@ def trainer_of(config: train_gpt.Config) -> train_gpt.Trainer:
 def run(config: train_gpt.Config) -> str:
     trainer = trainer_of(config)
     trainer.warm_up()
-    return train_gpt.run_trials(trainer, "source\n", 0.0, [])
+    return train_gpt.run_trials(trainer, {}, "source\n", 0.0, [])
 
 
 def out_of_memory_above(rows_that_fit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:

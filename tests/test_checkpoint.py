@@ -1,0 +1,161 @@
+"""--checkpoint and --eval: a run that is cut off goes on as if nothing had happened."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import on_ranks
+
+import train_gpt
+from optimizers import OPTIMIZERS
+from records.log import parse_log
+
+
+class CutOffError(Exception):
+    pass
+
+
+def cut_off_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run ends, as by a power failure, when it begins this step."""
+    honest = train_gpt.Trainer.step
+
+    def step_or_die(self: train_gpt.Trainer, now: int, tokens: torch.Tensor) -> torch.Tensor:
+        if now == step:
+            raise CutOffError
+        return honest(self, now, tokens)
+
+    monkeypatch.setattr(train_gpt.Trainer, "step", step_or_die)
+
+
+def losses(log: str) -> list[tuple[int, float]]:
+    return [(point.step, point.val_loss) for point in parse_log(log).points]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_that_was_cut_off_ends_where_the_whole_run_ends(tiny: Callable, name: str) -> None:
+    """Cut off in step 3, saved at 2: steps 3 and 4 are done again, to the last digit."""
+    base = ["--optimizer", name, "--steps", "6", "--set", "attn.lr=0.01"]
+    assert train_gpt.main(tiny(*base, "--log", "whole.txt")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off_after(3, patch)
+        with pytest.raises(CutOffError):
+            train_gpt.main(tiny(*base, "--log", "first.txt", "--checkpoint", "c/run.pt"))
+    assert train_gpt.main(tiny(*base, "--log", "second.txt", "--checkpoint", "c/run.pt")) == 0
+    assert losses("first.txt") == losses("whole.txt")[:2]
+    assert losses("second.txt") == losses("whole.txt")[2:]
+    run = parse_log("second.txt")
+    assert run.extra["resumed"] == [{"step": 2, "checkpoint": "c/run.pt"}]
+    assert run.points[0].train_time_s > parse_log("first.txt").points[-1].train_time_s
+    assert [path.name for path in Path("c").iterdir()] == ["run.pt"]
+
+
+def test_a_finished_checkpoint_trains_nothing_more_and_says_complete(
+    tiny: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
+    before = Path("run.pt").read_bytes()
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "b.txt")) == 0
+    assert Path("run.pt").read_bytes() == before
+    assert "complete, 4 steps" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_each_trial_has_its_own_checkpoint(tiny: Callable) -> None:
+    flags = ["--trials", "2", "--seed", "5", "--checkpoint", "run.pt"]
+    assert train_gpt.main(tiny(*flags, "--log", "a.txt")) == 0
+    assert sorted(path.name for path in Path().glob("*.pt")) == ["run.seed5.pt", "run.seed6.pt"]
+
+
+def test_eval_prints_the_loss_that_the_run_logged_and_writes_nothing(
+    tiny: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
+    final = parse_log("a.txt").points[-1]
+    capsys.readouterr()
+    files = sorted(Path().iterdir())
+    assert train_gpt.main(tiny("--eval", "run.pt", "--rows", "4")) == 0
+    found = re.fullmatch(r"step:4 val_loss:(\d\.\d{5}) run.pt\n", capsys.readouterr().out)
+    assert found and float(found[1]) == pytest.approx(final.val_loss, abs=2e-5)
+    assert sorted(Path().iterdir()) == files
+
+
+def spoilt(kind: str) -> None:
+    saved = torch.load("run.pt", weights_only=True)
+    if kind == "cut":
+        Path("run.pt").write_bytes(Path("run.pt").read_bytes()[:5000])
+    elif kind == "text":
+        Path("run.pt").write_text("no checkpoint")
+    elif kind == "other":
+        torch.save({"weights": 1}, "run.pt")
+    else:
+        torch.save(saved | {"config": saved["config"] | {"layers": 3}}, "run.pt")
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "other", "layers"])
+@pytest.mark.parametrize("flag", ["--eval", "--checkpoint"])
+def test_a_checkpoint_that_does_not_fit_is_one_sentence(
+    tiny: Callable, capsys: pytest.CaptureFixture, kind: str, flag: str
+) -> None:
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
+    spoilt(kind)
+    capsys.readouterr()
+    assert train_gpt.main(tiny(flag, "run.pt", "--log", "b.txt")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "run.pt" in said
+    assert ("layers 3, now it is 2" in said) == (kind == "layers")
+    assert not Path("b.txt").exists()
+
+
+def test_a_run_with_other_settings_does_not_go_on_from_it(
+    tiny: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
+    for flags, name in ((["--steps", "8"], "steps 4"), (["--lr-scale", "2"], "lr_scale 1.0")):
+        assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "b.txt", *flags)) == 2
+        assert f"was made with {name}, now it is" in capsys.readouterr().err
+    assert train_gpt.main(tiny("--eval", "missing.pt")) == 2
+    assert "there is no checkpoint missing.pt" in capsys.readouterr().err
+
+
+def on_rank(rank: int, size: int, args: list[str], folder: str) -> int:
+    """Ranks change into the folder, then train as torchrun would have them."""
+    import os
+
+    from conftest import TINY
+
+    os.chdir(folder)
+    train_gpt.PRESETS["tiny"] = TINY
+    return train_gpt.main(args)
+
+
+def test_saved_by_two_ranks_goes_on_with_one_and_back(tiny: Callable, tmp_path: Path) -> None:
+    """Gradients of other numbers of ranks agree up to rounding, so do the losses after them."""
+    base = ["--optimizer", "aurora", "--steps", "6"]
+    assert train_gpt.main(tiny(*base, "--log", "whole.txt")) == 0
+    here = str(Path().resolve())
+    for part, (size, stop) in enumerate(((2, 3), (1, 5), (2, None))):
+        args = tiny(*base, "--log", f"part{part}.txt", "--checkpoint", "run.pt")
+        with pytest.MonkeyPatch.context() as patch:
+            if size == 1:
+                cut_off_after(stop, patch)
+                with pytest.raises(CutOffError):
+                    train_gpt.main(args)
+                continue
+            codes = on_ranks(size, dying_rank if stop else on_rank, tmp_path / f"ranks{part}",
+                             args, here)  # fmt: skip
+            assert codes == [0] * size
+    whole = dict(losses("whole.txt"))
+    for part, steps in enumerate(([0, 2], [4], [6])):
+        found = losses(f"part{part}.txt")
+        assert [step for step, _ in found] == steps
+        assert all(abs(loss - whole[step]) < 2e-4 for step, loss in found)
+
+
+def dying_rank(rank: int, size: int, args: list[str], folder: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off_after(3, patch)
+        try:
+            return on_rank(rank, size, args, folder)
+        except CutOffError:
+            return 0
