@@ -2,9 +2,9 @@
 
     C = alpha A B^T + beta D + gamma I,    A, B (k, n, p), D and C (k, n, n)
 
-for A B^T symmetric (A = B, or polynomials of one symmetric matrix) and D symmetric. The Triton kernel
-computes the tiles on and below the diagonal and stores each twice. Where it cannot run (no Triton,
-no NVIDIA GPU, fp32 or fp64) PyTorch computes the same in full.
+for A B^T symmetric (A = B, or polynomials of one symmetric matrix) and D symmetric. The Triton
+kernel computes the tiles on and below the diagonal and stores each twice. Where it cannot run (no
+Triton, no NVIDIA GPU, fp32 or fp64) PyTorch computes the same in full.
 """
 
 import torch
