@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .muon import Muon
-from .polar import polar, row_squares, unit_max
+from .polar import polar, unit_max
 from .slot import MatrixOptimizer, nesterov
 
 BALANCED_AXES = {"fc": (0,), "proj": (1,), "both": (0, 1)}
@@ -47,7 +47,7 @@ def balanced_polar(
     rows = X * torch.where(norms > 0, 1 / norms, 0)  # of length 1 or 0; c = d |x| starts at 1
     c = torch.ones_like(norms)
     for _ in range(rounds - 1):
-        squares = row_squares(c * rows, method, dtype)
+        squares = polar(c * rows, method, dtype).to(X.dtype).square().sum(dim=-1, keepdim=True)
         c = c * (n / m / squares.clamp_min(1e-14)) ** beta
         c = torch.where(c < clamp, torch.where(c * clamp > 1, c, 1 / clamp), clamp)
     return polar(c * rows, method, dtype)

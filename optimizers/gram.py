@@ -6,14 +6,14 @@ X (k, n, m) with n <= m, singular values s <= 1. An odd polynomial step
 
 needs X only through R: W and R commute, so that the next R is W R W, and the factors of several
 steps can be gathered in Q = ... W W before they meet X: products of n x n matrices, all symmetric
-(kernels.py), instead of n x m. Rounding spoils the small eigenvalues of R as they grow, so now and
-then X <- Q X and R are made anew, after the steps named in `restarts`; after every step, it is the
-plain iteration. R also gives a tight bound of the largest singular value, |R|_F^(1/2), which saves
-the two steps that the Frobenius norm of X costs on flat spectra.
+(kernels.py), instead of n x m. Rounding spoils the small eigenvalues of R as they grow, so after
+every second step X <- Q X and R are made anew; with three steps in between, spectra like 1/i came
+out up to 12 times too long. R also gives a tight bound of the largest singular value, |R|_F^(1/2),
+which saves the two steps that the Frobenius norm of X costs on flat spectra.
 
 Half precision is float16: values are scaled into its range, and bfloat16 has 3 bits less.
-FLOPs for m = r n (a symmetric product counts half): n^3 times 15 + 12 r with two restarts, 15 + 8 r
-with one; 24 for a square. 12 quintic steps: 12 (4 r + 2).
+FLOPs for m = r n >= 2 n, a symmetric product counted half: (15 + 9 r) n^3; for squares 24 n^3.
+12 quintic steps have 12 (4 r + 2) n^3.
 Source: Gram Newton-Schulz (dao-lab.ai/blog/2026/gram-newton-schulz); aurora.md 4.
 """
 
@@ -38,25 +38,22 @@ EXPRESS6 = tuple(
 )
 
 
-def gram_polar(X: Tensor, restarts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Polar factors of wide X (k, n, m), n <= m, any scale; products in `dtype`, half as float16.
-
-    restarts: after which of the 6 steps X is made anew; (2, 4) where U is wanted, (3,) suffices
-    for its leverage scores; all of them below m = 2 n, where gathering saves nothing.
-    """
+def gram_polar(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """Polar factors of wide X (k, n, m), n <= m; products in `dtype`, in float16 for bfloat16."""
     dtype = torch.float16 if dtype == torch.bfloat16 else dtype
-    restarts = restarts if X.size(-1) >= 2 * X.size(-2) else (1, 2, 3, 4, 5)
+    gather = 2 if X.size(-1) >= 2 * X.size(-2) else 1  # steps; for squares it saves nothing
     tiny = torch.finfo(X.dtype).tiny
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny) * 8  # above fp16's denormals
     X, Q = X.to(dtype), None
     R = symmetric_product(X, X)
-    bound = R.float().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-3)  # of the largest s^2
+    wide = R.to(torch.promote_types(dtype, torch.float32))
+    bound = wide.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-3)  # of the largest s^2
     R, scale = (R / bound).to(dtype), bound.rsqrt()
     for step, (a, b, c) in enumerate(EXPRESS6, 1):
         W = symmetric_product(R, R, R, alpha=c, beta=b, gamma=a)
         Q = W if Q is None else symmetric_product(Q, W)
-        if step in restarts or step == len(EXPRESS6):
+        if step % gather == 0:
             X, Q, scale = (Q * scale).to(dtype) @ X, None, 1.0
             R = symmetric_product(X, X) if step < len(EXPRESS6) else R
         else:

@@ -70,7 +70,7 @@ def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloa
         raise ValueError(f"unknown polar method {method!r}, choose one of {', '.join(POLAR)}")
     tall, tiny = X.size(-2) > X.size(-1), torch.finfo(X.dtype).tiny
     if method == "gram6":
-        U = gram_polar(X.mT if tall else X, (2, 4), dtype)
+        U = gram_polar(X.mT if tall else X, dtype)
         return U.mT if tall else U
     X, (largest, steps) = unit_max(X), POLAR[method]
     X = X * largest / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny)
@@ -90,12 +90,3 @@ def exact_polar(X: Tensor) -> Tensor:
     floor = torch.finfo(X.dtype).eps * max(X.shape[-2:]) * sigma[..., :1]
     alive = X.any(dim=-1, keepdim=True) & X.any(dim=-2, keepdim=True)  # zero rows stay zero
     return (U * (sigma > floor)[..., None, :] @ Vh).to(X.dtype) * alive
-
-
-def row_squares(X: Tensor, method: str, dtype: torch.dtype) -> Tensor:
-    """Squared row norms of the polar factor of tall X (k, m, n), its leverage scores: (k, m, 1)."""
-    if method == "gram6":
-        U = gram_polar(X.mT, (3,), dtype).mT  # one restart is enough for these
-    else:
-        U = polar(X, method, dtype)
-    return U.to(X.dtype).square().sum(dim=-1, keepdim=True)

@@ -378,7 +378,7 @@ def test_parameters_share_a_buffer_and_stay_what_they_were() -> None:
 
 
 def test_a_parameter_that_was_moved_elsewhere_is_brought_back() -> None:
-    """As by model.to(...), by a loader that assigns, or by a second optimizer on the same weights."""
+    """As by model.to(...), a loader that assigns, or a second optimizer on the same weights."""
     p, opt = ready(Plain, lr=0.5)
     opt.step()
     held = p.data_ptr()
