@@ -39,8 +39,12 @@ EXPRESS6 = tuple(
 
 
 def gram_polar(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """Polar factors of wide X (k, n, m), n <= m; products in `dtype`, in float16 for bfloat16."""
-    dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+    """Polar factors of wide X (k, n, m), n <= m; products and result in `dtype`.
+
+    Not in bfloat16: float16 instead, on the CPU float32 (it is slow in half precision).
+    """
+    if dtype == torch.bfloat16:
+        dtype = torch.float32 if X.device.type == "cpu" else torch.float16
     gather = 2 if X.size(-1) >= 2 * X.size(-2) else 1  # steps; for squares it saves nothing
     tiny = torch.finfo(X.dtype).tiny
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)

@@ -42,7 +42,7 @@ def test_the_six_polynomials_end_within_two_thousandths_of_one() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_singular_values_are_as_near_to_one_as_after_twelve_quintic_steps(
     shape: tuple[int, int], spectrum: str, dtype: torch.dtype
 ) -> None:
@@ -55,30 +55,34 @@ def test_singular_values_are_as_near_to_one_as_after_twelve_quintic_steps(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_is_the_polar_factor_and_not_another_orthogonal_matrix(shape: tuple[int, int]) -> None:
     X, exact = make(*shape, 10)
-    for dtype, allowed in ((torch.float64, 2e-3), (torch.float32, 2e-3), (torch.bfloat16, 2e-2)):
+    for dtype, allowed in ((torch.float64, 2e-3), (torch.float32, 2e-3), (torch.float16, 2e-2)):
         U = polar(X, "gram6", dtype)
         assert ((U.double() - exact).norm() / exact.norm()).item() < allowed
-        assert U.dtype == (torch.float16 if dtype == torch.bfloat16 else dtype)
+        assert U.dtype == dtype
         assert torch.equal(polar(X[None], "gram6", dtype)[0], U)
+
+
+def test_bfloat16_is_not_used_where_it_is_too_coarse_or_slow() -> None:
+    assert polar(torch.eye(4), "gram6", torch.bfloat16).dtype == torch.float32
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_a_gradient_of_any_scale_gives_the_same_factor(scale: float) -> None:
     X = matrix(96, 24, "flat")
-    assert ((polar(X * scale, "gram6") - polar(X, "gram6")).norm() < 2e-3 * 24**0.5).item()
+    assert ((polar(X * scale, "gram6", torch.float16) - polar(X, "gram6", torch.float16)).norm() < 2e-3 * 24**0.5).item()
 
 
 def test_zero_matrices_and_zero_rows_stay_zero_beside_others() -> None:
     X = torch.stack([matrix(96, 24, "flat"), torch.zeros(96, 24)])
     X[0, 5] = 0
-    U = polar(X, "gram6")
+    U = polar(X, "gram6", torch.float16)
     assert U.isfinite().all() and not U[1].any() and not U[0, 5].any() and U[0].any()
 
 
 @pytest.mark.parametrize("rank", [1, 4, 12])
 def test_a_low_rank_matrix_stays_finite_and_below_one(rank: int) -> None:
     X = matrix(96, 24, "flat")[:, :rank] @ matrix(24, 24, "flat")[:rank]
-    sigma = torch.linalg.svdvals(polar(X, "gram6").double())
+    sigma = torch.linalg.svdvals(polar(X, "gram6", torch.float16).double())
     assert sigma.max() < 1.01 and sigma[rank - 1] > 0.9
 
 
@@ -91,7 +95,8 @@ def test_aurora_is_as_even_as_with_twelve_quintic_steps(spectrum: str) -> None:
         squares = U.double().square().sum(dim=-1)
         return (squares.std(correction=0) / squares.mean()).item()
 
-    found, reference = (cv(balanced_polar(X, method=m)) for m in ("gram6", "quintic12"))
+    found = cv(balanced_polar(X, method="gram6", dtype=torch.float16))
+    reference = cv(balanced_polar(X))
     assert found < 1.005 * reference
 
 
@@ -103,7 +108,7 @@ def test_no_spectrum_makes_it_too_long(seed: int) -> None:
     X = X * torch.randn(256, 1, generator=generator).mul(1 + seed % 3).exp()
     if seed % 2:
         X[::3] = X[:1]
-    assert torch.linalg.svdvals(polar(X, "gram6").double()).max() < 1.01
+    assert torch.linalg.svdvals(polar(X, "gram6", torch.float16).double()).max() < 1.01
 
 
 def test_gathering_two_steps_changes_rounding_only() -> None:
