@@ -66,7 +66,7 @@ def test_exactness_appends_one_line_a_table(tmp_path, monkeypatch):
     exactness.main()
     polar, parity = map(json.loads, out.read_text().splitlines())
     assert (polar["bench"], parity["bench"]) == ("polar", "parity")
-    assert len(polar["rows"]) == 5 * 3 + 1 and len(parity["rows"]) == 6
+    assert len(polar["rows"]) == 5 * 3 + 2 + 1 and len(parity["rows"]) == 6
     first, *_, last = polar["rows"]
     assert first["method"] == "quintic12" and last["method"] == "exact"
     mild, hard = ([float(x) for x in first[c].split(" / ")] for c in ("10", "3000"))
