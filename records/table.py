@@ -18,7 +18,9 @@ def number(value: float | str | None, form: str) -> str:
 
 
 def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool = False) -> None:
-    """Print a table; a terminal folds it to its width, a pipe gets whole lines."""
+    """Print a table without the columns that are all dashes; a pipe gets whole lines."""
+    keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
+    header, rows = [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
     if as_markdown:
         print(markdown(header, rows))
         return

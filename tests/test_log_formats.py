@@ -206,7 +206,7 @@ def test_a_folder_counts_its_logs_or_those_of_its_record(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no \*.txt or \*.log in .*empty, expected"):
         read_runs([tmp_path / "empty"])
-    with pytest.raises(ValueError, match="found no .*nowhere, expected"):
+    with pytest.raises(ValueError, match="found nothing at .*nowhere, expected"):
         read_runs([tmp_path / "nowhere"])
 
 
