@@ -17,6 +17,10 @@ def number(value: float | str | None, form: str) -> str:
     return "-" if value is None or value != value else format(value, form)  # nan != nan
 
 
+def p_value(p: float) -> str:
+    return "< 1e-99" if p < 1e-99 else number(p, ".2g")
+
+
 def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool = False) -> None:
     """Print a table without the columns that are all dashes; a pipe gets whole lines."""
     keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
