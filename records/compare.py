@@ -86,19 +86,22 @@ def _crossings(one: Group, target: float, field: int) -> list[float]:
 def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
     """Differences are old - new, so that a positive one is a gain of the new group."""
     header = ["new against old", "loss gained", "Welch p", "pairwise rule", "better", "p",
-              "steps gained", "seconds gained", "same seeds", "loss gained, paired", "paired p"]
+              "steps gained", "seconds gained", "same seeds", "loss gained, paired", "paired p",
+              "steps gained, paired"]
     rows = []
     for (old, old_step), (new, new_step) in combinations(sized, 2):
         a, b = old.losses(old_step), new.losses(new_step)
         test, rule = welch(a, b), pairwise(a, old_step, b, new_step)
         both = paired(_by_seed(old, a), _by_seed(new, b))
+        steps = paired(_crossed_by_seed(old, target), _crossed_by_seed(new, target))
         gained = [_gain(old, new, target, field, form) for field, form in ((2, ".1f"), (3, ".2f"))]
         rows.append([f"{new.name} against {old.name}", _with_interval(test, ".5f"),
                      p_value(test.p), f"{rule.statistic:.5f}",
                      "yes" if rule.passes else "not shown", p_value(rule.p), *gained,
                      f"{both.n}" if both else "-",
                      _with_interval(both, ".5f") if both else "-",
-                     p_value(both.p) if both else "-"])
+                     p_value(both.p) if both else "-",
+                     _with_interval(steps, ".1f") if steps else "-"])
     return header, rows
 
 
@@ -117,6 +120,12 @@ def _by_seed(one: Group, losses: list[float]) -> dict[int, float]:
     """Empty where a seed stands for several runs."""
     seeds = {} if same_seeds(one) else dict(zip((r.seed for r in one.runs), losses, strict=True))
     return {seed: loss for seed, loss in seeds.items() if seed is not None}
+
+
+def _crossed_by_seed(one: Group, target: float) -> dict[int, float]:
+    """Empty unless every run crosses."""
+    steps = _crossings(one, target, 2)
+    return _by_seed(one, steps) if len(steps) == len(one.runs) else {}
 
 
 def interval(found: Summary | Difference, form: str) -> str:

@@ -2,10 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
@@ -28,6 +24,10 @@ def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool 
     if as_markdown:
         print(markdown(header, rows))
         return
+    from rich import box  # here, so that Markdown needs the standard library only
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE, pad_edge=False)
     for title in header:
         table.add_column(title, overflow="fold")
