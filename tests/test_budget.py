@@ -12,7 +12,17 @@ CEILINGS = {
     "optimizers/polar.py": 95,
     "optimizers/slot.py": 350,
     "optimizers/diagnostics.py": 150,
-    "records/log.py": 120,
+    "records/log.py": 140,
+    "records/run.py": 120,
+    "records/upstream.py": 150,
+    "records/stats.py": 120,
+    "records/published.py": 105,
+    "records/groups.py": 80,
+    "records/table.py": 45,
+    "records/show.py": 130,
+    "records/compare.py": 150,
+    "records/caveats.py": 100,
+    "records/__main__.py": 60,
     "records/report.py": 205,
     "data/shards.py": 190,
     "data/cached_fineweb10B.py": 190,
@@ -38,7 +48,7 @@ def test_a_file_stays_below_its_ceiling(file: str, ceiling: int) -> None:
 def test_every_module_has_a_ceiling() -> None:
     """A new optimizer has that of its folder (below); tools and tests have none."""
     rooms = {".", "records", "data"}
-    free = {"records/__init__.py", "data/__init__.py", "records/__main__.py"}
+    free = {"records/__init__.py", "data/__init__.py"}
     files = {name(path) for path in PRODUCT if path.parent.relative_to(ROOT).as_posix() in rooms}
     assert files - free <= set(CEILINGS)
 
