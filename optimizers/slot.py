@@ -339,7 +339,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             for i, p in enumerate(bucket.params):
                 if p.grad is None:
-                    name = bucket.group.get("name", self.param_groups.index(bucket.group))
+                    number = [g is bucket.group for g in self.param_groups].index(True)
+                    name = bucket.group.get("name", number)
                     raise ValueError(
                         f"parameter {i} of group {name!r}, {tuple(p.shape)}, has no gradient: "
                         "call backward() before step(), or leave unused parameters out"

@@ -426,6 +426,15 @@ def test_a_missing_gradient_is_named() -> None:
     assert not any(p.any() for p in params), "nothing moves when one gradient is missing"
 
 
+def test_a_missing_gradient_of_a_nameless_group_is_named_by_its_number() -> None:
+    """Groups were looked up by comparing their tensors, which is an error of its own."""
+    params = [torch.nn.Parameter(tensor(4, 3, seed=i)) for i in range(2)]
+    opt = Muon([dict(params=[p]) for p in params])
+    params[0].grad = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1, \(4, 3\), has no gradient"):
+        opt.step()
+
+
 @pytest.mark.parametrize("where", ["argument", "group"])
 def test_an_unknown_hyperparameter_is_refused(where: str) -> None:
     """A misspelt weight_decay that is silently ignored costs a run (MN#279)."""
