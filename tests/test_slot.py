@@ -308,13 +308,14 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[LateWork]:
 
     def gather(whole: Tensor, mine: Tensor, async_op: bool = False, **_: Any) -> LateWork:
         assert async_op
-        whole.fill_(math.nan)
+        assert mine.data_ptr() == whole.data_ptr(), "rank 0's part is in place"
+        whole[len(mine) :].fill_(math.nan)
         kept, count = weakref.ref(mine), len(mine)
         del mine
 
         def move() -> None:
             assert kept() is not None, "the input was freed before the wait"
-            whole.fill_(-1)
+            whole[count:].fill_(-1)
             whole[:count].copy_(kept())
 
         return LateWork(pending, move)
@@ -353,6 +354,44 @@ def test_buffers_are_read_only_after_the_wait_and_inputs_live_until_then(late: l
             assert torch.allclose(p.detach(), expected, rtol=0, atol=1e-5)
 
 
+# ---- the buffer that the parameters are views of -----------------------------------------------
+
+
+def test_parameters_share_a_buffer_and_stay_what_they_were() -> None:
+    """The same Parameter objects with the same values; a step moves them in place."""
+    groups = new_groups()
+    params = [p for group in groups for p in group["params"]]
+    opt = Plain(groups, lr=0.5)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert all(a is b for a, b in zip(parameters(opt), params, strict=True))
+    assert all(torch.equal(p, W) for p, W in zip(params, before, strict=True))
+    places = [p.data_ptr() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert places == [p.data_ptr() for p in params]
+    assert len({p.untyped_storage().data_ptr() for p in params}) == len(opt._buckets)
+    assert not any(torch.equal(p, W) for p, W in zip(params, before, strict=True))
+
+
+def test_a_parameter_that_was_moved_elsewhere_is_brought_back() -> None:
+    """As by model.to(...), a loader that assigns, or a second optimizer on the same weights."""
+    p, opt = ready(Plain, lr=0.5)
+    opt.step()
+    held = p.data_ptr()
+    p.data = torch.full_like(p, 3.0)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    factor = 0.5 * max(1, p.size(0) / p.size(1)) ** 0.5
+    assert torch.allclose(p.detach(), torch.full_like(p, 3.0 - factor)) and p.data_ptr() != held
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert torch.allclose(p.detach(), torch.full_like(p, 3.0 - 2 * factor))
+
+
 # ---- what may come in ------------------------------------------------------------------------
 
 
@@ -385,6 +424,15 @@ def test_a_missing_gradient_is_named() -> None:
     with pytest.raises(ValueError, match=r"parameter 1 of group 'attn', \(4, 4\).*backward"):
         opt.step()
     assert not any(p.any() for p in params), "nothing moves when one gradient is missing"
+
+
+def test_a_missing_gradient_of_a_nameless_group_is_named_by_its_number() -> None:
+    """Groups were looked up by comparing their tensors, which is an error of its own."""
+    params = [torch.nn.Parameter(tensor(4, 3, seed=i)) for i in range(2)]
+    opt = Muon([dict(params=[p]) for p in params])
+    params[0].grad = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1, \(4, 3\), has no gradient"):
+        opt.step()
 
 
 @pytest.mark.parametrize("where", ["argument", "group"])

@@ -1,12 +1,17 @@
-"""Times whole optimizer steps on the 72 matrices of the 124M model, and says how exact they are.
+"""Times whole optimizer steps on all matrices of a model, and says how exact they are.
 
     python tools/bench_optimizers.py                # prints a table, appends to records/bench/
-    python tools/bench_optimizers.py --out FILE     # appends elsewhere
+    python tools/bench_optimizers.py --shapes 1.1B --out FILE --momentum momentum.pt
 
-GPU time from events, median after warm-up; fp32 weights, gradients and momentum. Exactness is that
-of the direction for a 3072 x 768 momentum with column spectrum 1/i and log-normal rows (sigma 1):
-`rms_sigma` is the rms of its singular values minus 1, `row_sq_cv` the coefficient of variation of
-its squared row norms.
+GPU time from events, median after warm-up; fp32 weights, gradients and momentum; hyperparameters
+change in every step, recompiling or a wait for the GPU is an error. How exact the direction is:
+
+    rms_sigma     root mean square of its singular values minus 1, the worst of 3072 x 768 and
+                  768 x 768 with spectra 1/i and log-spaced to a condition number of 100
+    rms_sigma_800 the same, log-spaced to 800
+    row_sq_cv     coefficient of variation of the squared row norms of a 3072 x 768 momentum with
+                  spectrum 1/i and log-normal rows (sigma 1)
+    real_sq_cv    the same on real momenta, --momentum FILE: {name: (m, n) tensor} by torch.save
 """
 
 import argparse
@@ -15,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,21 +31,30 @@ sys.path.insert(0, str(ROOT))
 
 from optimizers import OPTIMIZERS  # noqa: E402
 
-SHAPES = [("attn", (768, 768), 48, None), ("fc", (3072, 768), 12, 0), ("proj", (768, 3072), 12, 1)]
+SHAPES = {  # name: group, shape, matrices, neuron axis
+    "124M": [("attn", (768, 768), 48, None), ("fc", (3072, 768), 12, 0),
+             ("proj", (768, 3072), 12, 1)],
+    "1.1B": [("attn", (2048, 2048), 96, None), ("up", (5504, 2048), 48, 0),
+             ("down", (2048, 5504), 24, 1)],
+    "tiny": [("attn", (96, 96), 4, None), ("fc", (384, 96), 2, 0), ("proj", (96, 384), 2, 1)],
+}  # fmt: skip
+KINDS = {name: (name, {}) for name in OPTIMIZERS if name != "riemannian"} | {
+    f"{name}, gram6": (name, dict(polar="gram6")) for name in ("muon", "aurora")
+}
 
 
-def make_groups(device: torch.device) -> list[dict]:
+def make_groups(shapes: str, device: torch.device) -> list[dict]:
     """The matrices as fp32 parameters with gradients, grouped as in train_gpt.py."""
     groups = []
-    for name, shape, count, axis in SHAPES:
-        params = [torch.randn(shape, device=device) * 0.02 for _ in range(count)]
+    for name, shape, count, axis in SHAPES[shapes]:
+        params = [torch.nn.Parameter(torch.randn(shape, device=device)) for _ in range(count)]
         for p in params:
             p.grad = torch.randn_like(p)
         groups.append(dict(name=name, neuron_axis=axis, params=params))
     return groups
 
 
-def seconds_of(call, device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         started = time.perf_counter()
         call()
@@ -52,6 +67,18 @@ def seconds_of(call, device: torch.device) -> float:
     return start.elapsed_time(stop) / 1000
 
 
+def spectra(n: int) -> dict[str, Tensor]:
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    return {"1/i": 1 / torch.arange(1, n + 1), "100": 100**-ramp, "800": 800**-ramp}
+
+
+def with_spectrum(m: int, n: int, sigma: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(k, n, generator=generator, dtype=torch.float64))[0]
+            for k in (m, n))  # fmt: skip
+    return U * sigma @ V.T
+
+
 def uneven_momentum(m: int, n: int) -> Tensor:
     """m x n with column spectrum 1/i and log-normal rows, the hard case of aurora.md 1.4."""
     generator = torch.Generator().manual_seed(0)
@@ -60,37 +87,68 @@ def uneven_momentum(m: int, n: int) -> Tensor:
     return rows * X / torch.arange(1, n + 1)
 
 
-def exactness(direction: Tensor) -> dict[str, float]:
-    sigma = torch.linalg.svdvals(direction.cpu().double())
-    rows = direction.cpu().double().square().sum(dim=1)
-    return {
-        "rms_sigma": (sigma - 1).square().mean().sqrt().item(),
-        "row_sq_cv": (rows.std(correction=0) / rows.mean()).item(),
-    }
+def rms_sigma(U: Tensor) -> float:
+    return (torch.linalg.svdvals(U.double()) - 1).square().mean().sqrt().item()
 
 
-def measure(name: str, device: torch.device, repeats: int) -> dict:
-    groups = make_groups(device)
-    if name == "torch.optim.Muon":
-        params = [p for group in groups for p in group["params"]]
-        opt, facts = torch.optim.Muon(params, lr=1e-3), {}
-    else:
-        opt = OPTIMIZERS[name](groups)
-        momentum = uneven_momentum(3072, 768).float().to(device)[None]
-        group = next(g for g in opt.param_groups if g["name"] == "fc")
-        facts = exactness(opt.update(momentum, opt.init_state(momentum), group)[0])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    first = time.perf_counter()
-    opt.step()
+def row_sq_cv(U: Tensor) -> float:
+    squares = U.double().square().sum(dim=1)
+    return (squares.std(correction=0) / squares.mean()).item()
+
+
+def exactness(kind: type, how: dict, n: int, device: torch.device, real: dict) -> dict[str, float]:
+    """Of the directions for made and real momenta; only for optimizers with a polar factor."""
+    if "polar" not in kind.defaults:
+        return {}
+    opt = kind([torch.nn.Parameter(torch.zeros(1, 1, device=device))], compile=False, **how)
+
+    def direction(X: Tensor, axis: int | None) -> Tensor:
+        grad, group = X.float().to(device)[None], opt.param_groups[0] | dict(neuron_axis=axis)
+        return opt.update(grad, opt.init_state(grad), group)[0]
+
+    rms = {name: max(rms_sigma(direction(with_spectrum(m, n, sigma), None)) for m in (4 * n, n))
+           for name, sigma in spectra(n).items()}  # fmt: skip
+    facts = dict(rms_sigma=max(rms["1/i"], rms["100"]), rms_sigma_800=rms["800"],
+                 row_sq_cv=row_sq_cv(direction(uneven_momentum(4 * n, n), 0)))  # fmt: skip
+    tall = [X if X.size(0) > X.size(1) else X.T for X in real.values() if X.size(0) != X.size(1)]
+    if tall:
+        facts["real_sq_cv"] = max(row_sq_cv(direction(X, 0)) for X in tall)
+    return facts
+
+
+def timing(opt: torch.optim.Optimizer, device: torch.device, repeats: int) -> dict[str, float]:
+    """ms of a step, compile time, and memory beyond what is there before and after it."""
+    first = seconds_of(opt.step, device)
+    started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    facts["compile_s"] = time.perf_counter() - first
-    times = [seconds_of(opt.step, device) for _ in range(3 + repeats)][3:]
-    facts |= {"ms": 1000 * statistics.median(times), "ms_worst": 1000 * max(times)}
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    compile_s, times = first + time.perf_counter() - started, []
+    for i in range(3 + repeats):
+        for group in opt.param_groups:
+            group["lr"] = 1e-3 / (i + 1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            times.append(seconds_of(opt.step, device))
+    facts = dict(ms=1000 * statistics.median(times[3:]), ms_worst=1000 * max(times[3:]),
+                 compile_s=compile_s)  # fmt: skip
     if device.type == "cuda":
         facts["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        torch.cuda.set_sync_debug_mode("error")  # a wait for the GPU inside the step is an error
+        opt.step()
+        torch.cuda.set_sync_debug_mode("default")
+    return facts
+
+
+def measure(name: str, shapes: str, device: torch.device, repeats: int, real: dict) -> dict:
+    groups = make_groups(shapes, device)
+    if name == "torch.optim.Muon":
+        opt, facts = torch.optim.Muon([p for g in groups for p in g["params"]], lr=1e-3), {}
+    else:
+        kind, how = OPTIMIZERS[KINDS[name][0]], KINDS[name][1]
+        opt, n = kind(groups, **how), min(768, *SHAPES[shapes][0][1])
+        facts = exactness(kind, how, n, device, real)
+    facts = timing(opt, device, repeats) | facts
     return {"name": name} | {key: float(f"{value:.4g}") for key, value in facts.items()}
 
 
@@ -108,17 +166,21 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--shapes", choices=SHAPES, default="124M")
+    parser.add_argument("--momentum", type=Path, help="real momenta, as described above")
     parser.add_argument("--out", type=Path, default=ROOT / "records/bench/optimizers.jsonl")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device.type == "cuda"
-    rows = [measure(name, device, args.repeats) for name in (*OPTIMIZERS, "torch.optim.Muon")]
-    for row in rows:
-        print(row)
+    real = torch.load(args.momentum, weights_only=True) if args.momentum else {}
+    rows = []
+    for name in (*KINDS, "torch.optim.Muon"):
+        rows.append(measure(name, args.shapes, device, args.repeats, real))
+        print(rows[-1], flush=True)
+    command = "python tools/bench_optimizers.py"
     line = dict(
-        bench="optimizers", device=torch.cuda.get_device_name() if cuda else "cpu",
-        torch=torch.__version__, commit=commit(), command="python tools/bench_optimizers.py",
-        rows=rows,
+        bench="optimizers", shapes=args.shapes, torch=torch.__version__, commit=commit(),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        command=command + (f" --shapes {args.shapes}" if args.shapes != "124M" else ""), rows=rows,
     )  # fmt: skip
     append_line(args.out, line)
 

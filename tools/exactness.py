@@ -51,10 +51,12 @@ def polar_rows(m: int, n: int, device: torch.device) -> list[dict]:
         X, exact = (A.to(device) for A in spectrum(m, n, condition))
         for method in POLAR:
             for dtype in PRODUCTS if POLAR[method][1] else (torch.float32,):
-                U = polar(X.float(), method, dtype).double()
+                made = polar(X.float(), method, dtype)  # gram6 never uses bfloat16
+                U = made.double()
                 unit = (U.T @ U - torch.eye(n, dtype=U.dtype, device=device)).norm() / n**0.5
                 error = (U - exact).norm() / n**0.5
-                row = rows.setdefault((method, dtype), {"method": method, "products": name(dtype)})
+                products = name(made.dtype)
+                row = rows.setdefault((method, products), {"method": method, "products": products})
                 row[str(condition)] = f"{unit:.1e} / {error:.1e}"
     return list(rows.values())
 
