@@ -1,0 +1,72 @@
+"""Give back the source that a log holds: `python -m records extract LOG [--out DIR]`.
+
+The script above a log's first rule is a tree of files in one: each begins with a line
+`# ==================== path ====================`, and the imports between them stand behind '#| '
+(train_gpt.py's `flatten` writes this). A script without such lines comes back as script.py.
+"""
+
+import argparse
+import re
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from records.log import Run, read_runs
+
+TITLE = re.compile(r"^# ={20} (\S+) ={20}\n", re.MULTILINE)
+START = "sys.exit(main(sys.argv[1:]))"  # the last line of the trainer
+OWN = ("--seed", "--trials", "--log", "--log-file", "--data")  # what each machine chooses itself
+
+
+def files_of(script: str) -> dict[str, str]:
+    """Name and text of every file of a script; ValueError where it would leave the folder."""
+    if not script.strip():
+        raise ValueError("the log holds no source; extract needs one that begins with its script")
+    head, *parts = TITLE.split(script)
+    if head:
+        return {"script.py": script}
+    files = dict(zip(parts[::2], parts[1::2], strict=True))
+    for name in files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or len(files) * 2 < len(parts):
+            raise ValueError(f"found a section {name}, expected each file once, within its folder")
+    return {name: re.sub(r"^#\| ", "", text, flags=re.MULTILINE) for name, text in files.items()}
+
+
+def script_of(run: Run) -> str:
+    """The one file that repeats a run: its arguments are constants in it, others may follow.
+
+    Seeds, log and data folder are left to the command line.
+    """
+    if run.script.count(START) != 1:
+        raise ValueError(f"{run.path}: found a script that does not end with {START}, expected one "
+                         "of train_gpt.py; submit the script itself (python -m records extract)")
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for flag in OWN:
+        parser.add_argument(flag)
+    _, arguments = parser.parse_known_args(run.meta["argv"])
+    return run.script.replace(START, f"sys.exit(main({arguments!r} + sys.argv[1:]))")
+
+
+def write_folder(folder: Path, files: dict[str, str | bytes]) -> None:
+    """All files or none: they are written beside `folder`, which must not exist, and renamed."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: delete it or choose another --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as parent:
+        for name, text in files.items():
+            path = Path(parent, "new", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        shutil.move(Path(parent, "new"), folder)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m records extract", description=__doc__)
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--out", type=Path, help="new folder, default LOG_source beside the log")
+    given = parser.parse_args(argv)
+    out = given.out or given.log.with_name(f"{given.log.stem}_source")
+    files = files_of(read_runs([given.log])[0].script)
+    write_folder(out, files)
+    print(f"{len(files)} files in {out}: {', '.join(files)}")
