@@ -7,14 +7,13 @@ The script above a log's first rule is a tree of files in one: each begins with 
 
 import argparse
 import re
-import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
 
 from records.log import Run, read_runs
 
 TITLE = re.compile(r"^# ={20} (\S+) ={20}\n", re.MULTILINE)
-START = "sys.exit(main(sys.argv[1:]))"  # the last line of the trainer
+START = re.compile(r"^    sys\.exit\(main\((\[.*\] \+ )?sys\.argv\[1:\]\)\)\n\Z", re.MULTILINE)
 OWN = ("--seed", "--trials", "--log", "--log-file", "--data")  # what each machine chooses itself
 
 
@@ -25,12 +24,13 @@ def files_of(script: str) -> dict[str, str]:
     head, *parts = TITLE.split(script)
     if head:
         return {"script.py": script}
-    files = dict(zip(parts[::2], parts[1::2], strict=True))
-    for name in files:
+    files: dict[str, str] = {}
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or len(files) * 2 < len(parts):
+        if path.is_absolute() or ".." in path.parts or "\\" in name or name in files:
             raise ValueError(f"found a section {name}, expected each file once, within its folder")
-    return {name: re.sub(r"^#\| ", "", text, flags=re.MULTILINE) for name, text in files.items()}
+        files[name] = re.sub(r"^#\| ", "", text, flags=re.MULTILINE)
+    return files
 
 
 def script_of(run: Run) -> str:
@@ -38,14 +38,15 @@ def script_of(run: Run) -> str:
 
     Seeds, log and data folder are left to the command line.
     """
-    if run.script.count(START) != 1:
-        raise ValueError(f"{run.path}: found a script that does not end with {START}, expected one "
-                         "of train_gpt.py; submit the script itself (python -m records extract)")
+    if not START.search(run.script) or "argv" not in run.meta:
+        raise ValueError(f"{run.path}: found a script that does not end as train_gpt.py does or a "
+                         "log without its arguments, expected a log of train_gpt.py")
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in OWN:
         parser.add_argument(flag)
-    _, arguments = parser.parse_known_args(run.meta["argv"])
-    return run.script.replace(START, f"sys.exit(main({arguments!r} + sys.argv[1:]))")
+    _, constants = parser.parse_known_args(run.meta["argv"])
+    start = f"{constants!r} + sys.argv[1:]" if constants else "sys.argv[1:]"
+    return START.sub(lambda _: f"    sys.exit(main({start}))\n", run.script)
 
 
 def write_folder(folder: Path, files: dict[str, str | bytes]) -> None:
@@ -58,7 +59,7 @@ def write_folder(folder: Path, files: dict[str, str | bytes]) -> None:
             path = Path(parent, "new", name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        shutil.move(Path(parent, "new"), folder)
+        Path(parent, "new").rename(folder)
 
 
 def main(argv: list[str]) -> None:

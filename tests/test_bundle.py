@@ -1,0 +1,92 @@
+"""Source out of logs: extract gives the tree back, script_of the one file that repeats a run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, in_fresh_python
+
+import train_gpt
+from records.bundle import files_of, main, script_of
+from records.log import RULE, parse_log
+
+Tiny = Callable[..., list[str]]
+
+
+DEMO = ["--preset", "demo", "--device=cpu", "--optimizer", "aurora", "--set", "fc.lr=0.03",
+        "--rows", "2", "--steps", "2", "--batch-tokens", "1024", "--val-tokens", "512"]  # fmt: skip
+
+
+def test_an_extracted_tree_is_the_repositorys_and_flattens_to_the_same_script(tiny: Tiny) -> None:
+    assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
+    main(["a.txt", "--out", "tree"])
+    files = sorted(path for path in Path("tree").rglob("*") if path.is_file())
+    names = [path.relative_to("tree").as_posix() for path in files]
+    assert "train_gpt.py" in names and "optimizers/slot.py" in names
+    for path, name in zip(files, names, strict=True):
+        assert path.read_bytes() == (ROOT / name).read_bytes(), name
+    code = "from pathlib import Path; from train_gpt import flatten; import sys; " \
+           "sys.stdout.write(flatten(Path('train_gpt.py').resolve()))"
+    status, text, error = in_fresh_python("-c", code, cwd=Path("tree").resolve())
+    assert (status, error) == (0, "") and text == parse_log("a.txt").script
+
+
+def test_the_folder_is_named_after_the_log_unless_it_is_given(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
+    capsys.readouterr()
+    main(["a.txt"])
+    assert " files in a_source: optimizers/" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a_source exists already"):
+        main(["a.txt"])
+    assert not list(Path().glob(".new-*"))
+
+
+def test_a_script_without_sections_is_one_file() -> None:
+    assert files_of("print(1)\n") == {"script.py": "print(1)\n"}
+
+
+@pytest.mark.parametrize("name", ["../a.py", "/tmp/a.py", "a/../../b.py", "a\\b.py"])
+def test_no_section_leaves_the_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="within its folder"):
+        files_of(f"# {'=' * 20} {name} {'=' * 20}\nprint()\n")
+
+
+def test_a_log_without_source_or_with_a_file_twice_is_refused(tmp_path: Path) -> None:
+    twice = f"# {'=' * 20} a.py {'=' * 20}\nprint()\n" * 2
+    meta = 'meta: {"format": 1, "optimizer": "", "seed": 1, "world_size": 1, "device": "cpu", ' \
+           '"config": {}}'
+    body = f"{meta}\n{RULE}\nstep:0/1 val_loss:1.0 train_time:0.0s step_avg:nanms\n"
+    for source, message in ((twice, "each file once"), ("", "holds no source")):
+        (tmp_path / "a.txt").write_text(f"{source}{RULE}\n{body}")
+        with pytest.raises(ValueError, match=message):
+            main([str(tmp_path / "a.txt")])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_script_of_a_run_repeats_it_without_its_arguments(tiny: Tiny, corpus: Path) -> None:
+    own = ["--data", str(corpus), "--trials=2", "--log", "a.txt", "--seed", "5"]
+    assert train_gpt.main([*DEMO[:5], *own, *DEMO[5:]]) == 0
+    run = parse_log("a.seed6.txt")
+    script = script_of(run)
+    assert script == script_of(parse_log("a.seed5.txt")), "seeds do not change it"
+    changed = set(script.splitlines()) - set(run.script.splitlines())
+    assert changed == {f"    sys.exit(main({DEMO} + sys.argv[1:]))"}
+    Path("submission.py").write_text(script)
+    own = ["--data", str(corpus), "--seed", "6", "--log", "b.txt"]
+    status, _, error = in_fresh_python("submission.py", *own, cwd=Path().resolve())
+    assert (status, error) == (0, "")
+    again = parse_log("b.txt")
+    assert [point.val_loss for point in again.points] == [p.val_loss for p in run.points]
+    assert script_of(again) == script, "of a run of the submission it is the same again"
+
+
+def test_a_script_with_another_end_is_no_submission(tiny: Tiny) -> None:
+    assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
+    run = parse_log("a.txt")
+    assert "+ sys.argv" in script_of(run)
+    assert script_of(replace(run, meta=run.meta | {"argv": []})) == run.script
+    with pytest.raises(ValueError, match="expected a log of train_gpt.py"):
+        script_of(replace(run, script="print()\n"))
