@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, in_fresh_python
+from conftest import ROOT, TINY, in_fresh_python
 
 import train_gpt
 from records.bundle import files_of, main, script_of
@@ -13,9 +13,6 @@ from records.log import RULE, parse_log
 
 Tiny = Callable[..., list[str]]
 
-
-DEMO = ["--preset", "demo", "--device=cpu", "--optimizer", "aurora", "--set", "fc.lr=0.03",
-        "--rows", "2", "--steps", "2", "--batch-tokens", "1024", "--val-tokens", "512"]  # fmt: skip
 
 
 def test_an_extracted_tree_is_the_repositorys_and_flattens_to_the_same_script(tiny: Tiny) -> None:
@@ -67,20 +64,23 @@ def test_a_log_without_source_or_with_a_file_twice_is_refused(tmp_path: Path) ->
 
 
 def test_the_script_of_a_run_repeats_it_without_its_arguments(tiny: Tiny, corpus: Path) -> None:
-    own = ["--data", str(corpus), "--trials=2", "--log", "a.txt", "--seed", "5"]
-    assert train_gpt.main([*DEMO[:5], *own, *DEMO[5:]]) == 0
+    argv = tiny("--trials=2", "--optimizer", "aurora", "--set", "fc.lr=0.03", "--seed", "5")
+    assert train_gpt.main([*argv, "--log", "a.txt"]) == 0
     run = parse_log("a.seed6.txt")
     script = script_of(run)
     assert script == script_of(parse_log("a.seed5.txt")), "seeds do not change it"
+    constants = [*argv[:2], *argv[4:6], *argv[7:11]]
     changed = set(script.splitlines()) - set(run.script.splitlines())
-    assert changed == {f"    sys.exit(main({DEMO} + sys.argv[1:]))"}
-    Path("submission.py").write_text(script)
+    assert changed == {f"    sys.exit(main({constants} + sys.argv[1:]))"}
+    assert "--set" in constants and "--seed" not in constants and str(corpus) not in constants
+    preset = script.replace("PRESETS = {\n", f"PRESETS = {{'tiny': {TINY},\n")  # not of the trainer
+    Path("submission.py").write_text(preset)
     own = ["--data", str(corpus), "--seed", "6", "--log", "b.txt"]
     status, _, error = in_fresh_python("submission.py", *own, cwd=Path().resolve())
     assert (status, error) == (0, "")
     again = parse_log("b.txt")
     assert [point.val_loss for point in again.points] == [p.val_loss for p in run.points]
-    assert script_of(again) == script, "of a run of the submission it is the same again"
+    assert script_of(again) == preset, "of a run of the submission it is the same again"
 
 
 def test_a_script_with_another_end_is_no_submission(tiny: Tiny) -> None:
