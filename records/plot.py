@@ -1,1 +1,138 @@
-"""Not written yet."""
+"""Pictures of runs, PNG and SVG: `python -m records plot PATHS... --out DIR`.
+
+Runs that agree in everything but the seed are one group: its mean is a line, with a band of one
+standard deviation where it has several. PATHS are logs and folders; `track_3` adds the published
+history. The same data give the same bytes (with the same matplotlib).
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from records.figures import Groups, group_runs, legend, looks, mean_line, new_figure, rendered
+from records.history import draw_entries, draw_history
+from records.log import Run, read_runs
+
+
+def draw_loss(groups: Groups, time: bool = False) -> Any:
+    """Loss against steps or training time: without its fall from the start, and the last third."""
+    figure, panels = new_figure(2)
+    runs = [run for group in groups.values() for run in group]
+    last = max(run.final.step for run in runs)
+    for axes, first in zip(panels, (0.1 * last, 2 / 3 * last), strict=True):
+        for label, style in looks(groups).items():
+            curves = [{p.step: (p.train_time_s if time else p.step, p.val_loss)
+                       for p in run.points if p.step >= first} for run in groups[label]]
+            mean_line(axes, curves, style)
+        for target in targets(runs):
+            axes.axhline(target, ls=(0, (6, 4)), lw=1, color="0.4", label=f"target {target:.6g}")
+        axes.set(xlabel="training time (s)" if time else "step", ylabel="validation loss")
+    legend(figure, panels[0])
+    return figure
+
+
+def targets(runs: list[Run]) -> list[float]:
+    return sorted({run.meta.get("config", {}).get("target", 3.28) for run in runs} - {0.0})
+
+
+def draw_crossings(groups: Groups) -> Any | None:
+    """One dot per run: the step at which its loss crossed the target; None where none did."""
+    goals = targets([run for group in groups.values() for run in group])
+    figure, (axes,) = new_figure(1)
+    seen = False
+    for row, (label, style) in enumerate(looks(groups).items()):
+        found = [c.exact_step for run in groups[label] for goal in goals[-1:]
+                 if (c := run.crossing(run.meta.get("config", {}).get("target") or goal))]
+        seen = seen or bool(found)
+        axes.plot(found, [row] * len(found), "o", color=style["color"], alpha=0.6)
+        if found:
+            axes.plot(sum(found) / len(found), row, "|", ms=22, mew=2, color=style["color"])
+    axes.set(xlabel="steps to the target (bar: mean)", ylim=(-0.6, len(groups) - 0.4))
+    axes.set_yticks(range(len(groups)), [f"{label}\nn = {len(groups[label])}" for label in groups])
+    return figure if seen else None
+
+
+def draw_times(groups: Groups) -> Any | None:
+    """Histogram of the time of a step, averaged between two validations; None without times."""
+    times = {label: [1000 * (b.train_time_s - a.train_time_s) / (b.step - a.step)
+                     for run in runs for a, b in zip(run.points, run.points[1:], strict=False)
+                     if b.train_time_s > a.train_time_s] for label, runs in groups.items()}
+    every = [value for values in times.values() for value in values]
+    if not every:
+        return None
+    figure, (axes,) = new_figure(1)
+    low, high = min(every), max(every)
+    edges = [low + (high - low) * i / 40 for i in range(41)] if high > low else [low - 1, low + 1]
+    for label, style in looks(groups).items():
+        axes.hist(times[label], bins=edges, histtype="step", linewidth=1.6, **style)
+    axes.set(xlabel="ms per step, between two validations", ylabel="count")
+    legend(figure, axes)
+    return figure
+
+
+DIAGNOSES: dict[str, Callable[[dict], float | None]] = {  # of one matrix in a diag: line
+    "update: CV over neurons": lambda matrix: matrix["update"]["cv"],
+    "share of neurons with leverage below 1/16": lambda matrix: matrix["leverage"]["below"][0],
+    "update: orthogonality error": lambda matrix: matrix["orthogonality"],
+}
+
+
+def _diagnosis(run: Run, kind: str, title: str) -> dict[float, tuple[float, float]]:
+    """{step: (step, mean over the layers of a kind)}; neurons that never fire where not titled."""
+    curve = {}
+    for line in run.extra.get("diag", []):
+        part, of = ("matrices", DIAGNOSES[title]) if title in DIAGNOSES else (
+            "neurons", lambda layer: layer["silent"])
+        values = [of(v) for name, v in line[part].items() if kind in name.split(".")]
+        values = [value for value in values if value is not None]
+        if values:
+            curve[line["step"]] = (line["step"], sum(values) / len(values))
+    return curve
+
+
+def draw_diagnostics(groups: Groups) -> Any | None:
+    """What --diagnostics logged, mean over layers against steps; None where nothing was."""
+    figure, panels = new_figure(2, 2)
+    seen = False
+    for axes, title in zip(panels, [*DIAGNOSES, "share of neurons that never fire"], strict=True):
+        for label, style in looks(groups).items():
+            for kind, line in (("fc", "-"), ("proj", "--")):
+                curves = [_diagnosis(run, kind, title) for run in groups[label]]
+                if all(curves):
+                    seen = True
+                    extra = {"linestyle": line, "label": f"{label}, {kind}"}
+                    mean_line(axes, curves, style | extra)
+        axes.set(xlabel="step", ylabel=title)
+    legend(figure, panels[0])
+    return figure if seen else None
+
+
+def pictures(runs: list[Run]) -> dict[str, Any]:
+    """Name to figure, of those for which the runs have data.
+
+    Runs that did not complete are left out, unless all did not.
+    """
+    groups = group_runs([run for run in runs if run.status == "complete"] or runs)
+    drawn = {"loss_steps": draw_loss(groups), "steps_to_target": draw_crossings(groups),
+             "step_time": draw_times(groups), "diagnostics": draw_diagnostics(groups)}
+    if drawn["step_time"]:
+        drawn["loss_time"] = draw_loss(groups, time=True)
+    return {name: figure for name, figure in drawn.items() if figure}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m records plot", description=__doc__)
+    parser.add_argument("paths", nargs="+", help="logs, folders of logs, or track_3")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(argv)
+    paths = [path for path in given.paths if path != "track_3"]
+    drawn = pictures(read_runs(paths)) if paths else {}
+    if "track_3" in given.paths:
+        drawn |= {"history": draw_history(), "published_curves": draw_entries()}
+    files = {given.out / f"{name}.{kind}": rendered(figure, kind)
+             for name, figure in drawn.items() for kind in ("png", "svg")}
+    given.out.mkdir(parents=True, exist_ok=True)
+    for path, data in files.items():
+        path.write_bytes(data)
+    print("\n".join(map(str, files)))
