@@ -12,7 +12,14 @@ CEILINGS = {
     "optimizers/polar.py": 90,
     "optimizers/slot.py": 335,
     "optimizers/diagnostics.py": 150,
-    "records/log.py": 220,
+    "records/log.py": 140,
+    "records/run.py": 120,
+    "records/upstream.py": 150,
+    "records/stats.py": 120,
+    "records/published.py": 100,
+    "records/show.py": 130,
+    "records/compare.py": 150,
+    "records/__main__.py": 60,
     "records/report.py": 205,
     "records/bundle.py": 80,
     "records/pack.py": 140,
@@ -43,7 +50,7 @@ def test_a_file_stays_below_its_ceiling(file: str, ceiling: int) -> None:
 def test_every_module_has_a_ceiling() -> None:
     """A new optimizer has that of its folder (below); tools and tests have none."""
     rooms = {".", "records", "data"}
-    free = {"records/__init__.py", "data/__init__.py", "records/__main__.py"}
+    free = {"records/__init__.py", "data/__init__.py"}
     files = {name(path) for path in PRODUCT if path.parent.relative_to(ROOT).as_posix() in rooms}
     assert files - free <= set(CEILINGS)
 
