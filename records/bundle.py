@@ -62,12 +62,13 @@ def write_folder(folder: Path, files: dict[str, str | bytes]) -> None:
         Path(parent, "new").rename(folder)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m records extract", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("log", type=Path)
     parser.add_argument("--out", type=Path, help="new folder, default LOG_source beside the log")
-    given = parser.parse_args(argv)
-    out = given.out or given.log.with_name(f"{given.log.stem}_source")
-    files = files_of(read_runs([given.log])[0].script)
+
+
+def run(args: argparse.Namespace) -> None:
+    out = args.out or args.log.with_name(f"{args.log.stem}_source")
+    files = files_of(read_runs([args.log])[0].script)
     write_folder(out, files)
     print(f"{len(files)} files in {out}: {', '.join(files)}")

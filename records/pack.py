@@ -1,1 +1,61 @@
-"""Not written yet."""
+"""Make a record folder from logs: `python -m records pack FOLDER --name NAME [--what TEXT]`.
+
+    README.md       what changed, result, statistics, runs, settings, how to repeat it
+    record.json     the facts, and the logs that count with seeds, losses and hashes
+    submission.py   one file that repeats the runs (for upstream), arguments included
+    curves.png      loss against steps
+    logs/seed_00.txt ...
+
+Only name, date and text are given; the rest is computed from the logs, by records/record.py, so
+that verify can compute it again.
+"""
+
+import argparse
+import re
+from datetime import date
+from pathlib import Path
+
+from records.bundle import write_folder
+from records.figures import group_runs, rendered
+from records.log import Run, read_runs
+from records.plot import draw_loss
+from records.record import contents, problems_of, sha256
+
+TRACK = Path(__file__).resolve().parent / "track_3_optimization"
+FIXED = {"target": 3.28, "batch_tokens": 524_288, "val_tokens": 10_485_760, "row_tokens": 1024,
+         "layers": 12, "width": 768, "head_dim": 128, "vocab_size": 50304}
+
+
+def pack(runs: list[Run], folder: Path, facts: dict) -> None:
+    """Write the record; ValueError with the first reason where the runs are none."""
+    if problems := problems_of(runs):
+        raise ValueError(problems[0])
+    runs = sorted(runs, key=lambda run: run.seed)
+    logs = {f"logs/seed_{run.seed:02}.txt": run for run in runs}
+    files: dict[str, str | bytes] = {name: run.path.read_bytes() for name, run in logs.items()}
+    files["curves.png"] = rendered(draw_loss(group_runs(runs)), "png")
+    hashes = {name: sha256(data) for name, data in files.items()}
+    write_folder(folder, files | contents(logs, facts, hashes))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="with the logs that count and no others")
+    parser.add_argument("--name", required=True, help="lower case letters, digits, - and _")
+    parser.add_argument("--what", default="", help="what changed, one sentence")
+    parser.add_argument("--out", type=Path, help=f"new folder, default {TRACK.name}/DATE_NAME")
+
+
+def run(args: argparse.Namespace) -> None:
+    today, runs = f"{date.today()}", read_runs([args.folder])
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", args.name):
+        raise ValueError(f"name {args.name}: expected lower case letters, digits, - and _")
+    for one in runs:
+        config = one.meta.get("config", {})
+        wrong = [f"{key} {config.get(key)} instead of {value}" for key, value in FIXED.items()
+                 if config.get(key) != value]
+        if wrong and args.out is None:
+            raise ValueError(f"{one.path}: no run of track 3, it has {', '.join(wrong)}; "
+                             "name a folder with --out")
+    folder = args.out or TRACK / f"{today}_{args.name}"
+    pack(runs, folder, {"name": args.name, "date": today, "what": args.what})
+    print(f"{len(runs)} logs in {folder}")

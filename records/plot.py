@@ -121,18 +121,19 @@ def pictures(runs: list[Run]) -> dict[str, Any]:
     return {name: figure for name, figure in drawn.items() if figure}
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m records plot", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", help="logs, folders of logs, or track_3")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args(argv)
-    paths = [path for path in given.paths if path != "track_3"]
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+
+
+def run(args: argparse.Namespace) -> None:
+    paths = [path for path in args.paths if path != "track_3"]
     drawn = pictures(read_runs(paths)) if paths else {}
-    if "track_3" in given.paths:
+    if "track_3" in args.paths:
         drawn |= {"history": draw_history(), "published_curves": draw_entries()}
-    files = {given.out / f"{name}.{kind}": rendered(figure, kind)
+    files = {args.out / f"{name}.{kind}": rendered(figure, kind)
              for name, figure in drawn.items() for kind in ("png", "svg")}
-    given.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():
         path.write_bytes(data)
     print("\n".join(map(str, files)))
