@@ -48,9 +48,11 @@ def log_files(path: str | Path) -> list[Path]:
                              "the logs that count; write them") from None
     else:
         found = sorted(file for kind in ("*.txt", "*.log") for file in path.rglob(kind))
-    if missing := [file for file in found or [path] if not file.is_file()]:
-        what = "no *.txt or *.log in" if path.is_dir() and missing == [path] else "no"
-        raise ValueError(f"found {what} {missing[0]}, expected logs of runs; name others")
+    if not found:
+        what = "no *.txt or *.log in" if path.is_dir() else "nothing at"
+        raise ValueError(f"found {what} {path}, expected a log or a folder of logs; name another")
+    if missing := [file for file in found if not file.is_file()]:
+        raise ValueError(f"{record}: found no {missing[0]}, expected each of its logs; restore it")
     return found
 
 

@@ -1,7 +1,7 @@
 """What a log holds: `Run`, its validations, and the one sentence said of a line nobody can read."""
 
 from dataclasses import dataclass
-from math import isfinite, isnan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,10 @@ class Point(NamedTuple):
 
 
 class Crossing(NamedTuple):
-    """The first validation at or below a target; the other two on the line from the one before."""
+    """The first validation at or below a target, and where a line from the one before crosses it.
+
+    Where no validation stands above the target before it, the exact values are unknown: nan.
+    """
     step: int
     seconds: float
     exact_step: float
@@ -79,12 +82,12 @@ class Run:
         if index is None:
             return None
         after, before = self.points[index], self.points[max(index - 1, 0)]
-        part = 1.0  # of the way from the validation before, where there is one
-        if isfinite(before.val_loss) and before.val_loss > after.val_loss:
-            part = (before.val_loss - target) / (before.val_loss - after.val_loss)
-        a, b = before.train_time_s, after.train_time_s
+        if not (isfinite(before.val_loss) and before.val_loss > target):
+            return Crossing(after.step, after.train_time_s, nan, nan)
+        part = (before.val_loss - target) / (before.val_loss - after.val_loss)
         step = before.step + part * (after.step - before.step)
-        return Crossing(after.step, b, step, a + part * (b - a))
+        seconds = before.train_time_s + part * (after.train_time_s - before.train_time_s)
+        return Crossing(after.step, after.train_time_s, step, seconds)
 
 
 def line_error(path: Path, line: int, found: str, expected: str) -> ValueError:

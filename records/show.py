@@ -1,0 +1,99 @@
+"""Runs as a table: logs, folders, globs, `track_3` (the published leaderboard) or `track_3#36`.
+
+What is unknown is a dash. Of the leaderboard, a mean or an n is printed twice where the number
+claimed there and the one recomputed from the logs differ.
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from records.groups import Group, group, target_of
+from records.published import Entry, track_3
+from records.run import Run
+from records.stats import precision, summary
+from records.table import number, say
+
+SETTINGS = (("lr", "lr"), ("weight_decay", "wd"), ("momentum", "momentum"))
+LEADERBOARD = ["entry", "date", "steps", "n", "mean loss", "sd", "(3.28 - mean) sqrt(n)", "rule",
+               "p", "record", "method"]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", help="log, folder, 'glob', track_3 or track_3#N")
+    parser.add_argument("--markdown", action="store_true", help="for a README")
+    parser.add_argument("--target", type=float, help="loss to cross, if not that of the logs")
+
+
+def run(args: Namespace) -> None:
+    if args.runs == ["track_3"]:
+        say(LEADERBOARD, [_entry_row(entry) for entry in track_3().values()], args.markdown)
+        print("".join(f"{note}\n" for note in map(_note, track_3().values()) if note), end="")
+        return
+    groups = [group(name) for name in args.runs]
+    say(*run_table(groups, target_of(groups, args.target)), args.markdown)
+
+
+def run_table(groups: list[Group], target: float | None) -> tuple[list[str], list[list[str]]]:
+    """Header and one row per run."""
+    goal = "target" if target is None else f"{target:g}"
+    header = ["group", "run", "status", "step", "final loss", "best loss (step)",
+              f"step at {goal} (interpolated)", f"seconds to {goal}", "ms per step", "tokens/s",
+              "hardware", "seed", "settings read back"]
+    claimed = any(one.step for one in groups)
+    header[4:4] = ["loss at the claimed step"] if claimed else []
+    rows = []
+    for one in groups:
+        for each in one.runs:
+            row = [one.name, *_run_row(each, target)]
+            if claimed:
+                loss = each.loss_at(one.step) if one.step else None
+                row[4:4] = [f"{number(loss, '.5f')} ({one.step})" if one.step else "-"]
+            rows.append(row)
+    same = len(groups) == 1
+    return header[same:], [row[same:] for row in rows]
+
+
+def _run_row(each: Run, target: float | None) -> list[str]:
+    last, best = each.final, each.best
+    crossing = None if target is None else each.crossing(target)
+    where = "not reached" if target is not None else "-"
+    if crossing is not None:
+        where = f"{crossing.step} ({number(crossing.exact_step, '.1f')})"
+    pace = last.train_time_s / last.step if last.step else None
+    tokens = each.meta.get("config", {}).get("batch_tokens")
+    return [each.name, each.status, f"{last.step}/{last.total_steps or '?'}",
+            f"{last.val_loss:.5f}", f"{best.val_loss:.5f} ({best.step})", where,
+            number(crossing and crossing.exact_seconds, ".3f"), number(pace and 1000 * pace, ".2f"),
+            number(tokens and pace and tokens / pace, ",.0f"), hardware(each),
+            number(each.seed, "d"), _settings(each)]
+
+
+def hardware(each: Run) -> str:
+    device, count = each.meta.get("device", "unknown"), each.meta.get("world_size", "?")
+    return f"{count} x {device.removeprefix('NVIDIA ')}"
+
+
+def _settings(each: Run) -> str:
+    groups = each.optim["groups"] if each.optim else []
+    return "; ".join(f"{one['name']} " + " ".join(f"{short} {one[key]:g}" for key, short in SETTINGS
+                                                  if isinstance(one.get(key), int | float))
+                     for one in groups) or "-"
+
+
+def _entry_row(entry: Entry) -> list[str]:
+    found, official = summary(entry.losses), precision(entry.losses)
+    mean, n = f"{found.mean:.5f}", str(found.n)
+    if abs(found.mean - entry.mean_loss) > 0.00005 + 1e-9:  # more than rounding to 4 decimals
+        mean = f"{mean}, claimed {entry.mean_loss:.4f}"
+    return [f"{entry.number}", entry.date, f"{entry.steps}",
+            n if found.n == entry.n else f"{n}, claimed {entry.n}", mean, number(found.sd, ".5f"),
+            f"{official.statistic:.5f}", "passes" if official.passes else "fails",
+            f"{official.p:.2g}", "yes" if entry.record else "", entry.method]
+
+
+def _note(entry: Entry) -> str:
+    if not entry.readme_losses:
+        return ""
+    official, found = precision(entry.readme_losses), summary(entry.readme_losses)
+    return (f"{entry.label}: its README lists {found.n} losses at step {entry.steps} without logs: "
+            f"mean {found.mean:.5f}, statistic {official.statistic:.5f}, "
+            f"{'passes' if official.passes else 'fails'}")

@@ -1,0 +1,35 @@
+"""Tables for the terminal (rich) and for Markdown, from the same header and rows of texts."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def number(value: float | str | None, form: str) -> str:
+    """The value in this format, or a dash where it is unknown."""
+    return "-" if value is None or value != value else format(value, form)  # nan != nan
+
+
+def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool = False) -> None:
+    """Print a table without the columns that are all dashes; a pipe gets whole lines."""
+    keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
+    header, rows = [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
+    if as_markdown:
+        print(markdown(header, rows))
+        return
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for title in header:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 400
+    console.print(table)
