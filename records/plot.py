@@ -1,8 +1,9 @@
 """Pictures of runs, PNG and SVG: `python -m records plot PATHS... --out DIR`.
 
 Runs that agree in everything but the seed are one group: its mean is a line, with a band of one
-standard deviation where it has several. PATHS are logs and folders; `track_3` adds the published
-history. The same data give the same bytes (with the same matplotlib).
+standard deviation where it has several. PATHS are logs, folders of logs and published entries like
+track_3#36; `track_3` adds the published history. The same data give the same bytes (with the same
+matplotlib).
 """
 
 import argparse
@@ -13,6 +14,7 @@ from typing import Any
 from records.figures import Groups, group_runs, legend, looks, mean_line, new_figure, rendered
 from records.history import draw_entries, draw_history
 from records.log import Run, read_runs
+from records.published import entry
 
 
 def draw_loss(groups: Groups, time: bool = False) -> Any:
@@ -108,12 +110,19 @@ def draw_diagnostics(groups: Groups) -> Any | None:
     return figure if seen else None
 
 
-def pictures(runs: list[Run]) -> dict[str, Any]:
-    """Name to figure, of those for which the runs have data.
+def read_groups(names: list[str]) -> Groups:
+    """Logs and folders by their settings, published entries (track_3#36) by their name.
 
     Runs that did not complete are left out, unless all did not.
     """
-    groups = group_runs([run for run in runs if run.status == "complete"] or runs)
+    entries = [entry(name) for name in names if name.startswith("track_3#")]
+    runs = read_runs(name for name in names if not name.startswith("track_3#"))
+    complete = [run for run in runs if run.status == "complete"] or runs
+    return group_runs(complete) | {one.label: one.runs for one in entries if one.runs}
+
+
+def pictures(groups: Groups) -> dict[str, Any]:
+    """Name to figure, of those for which the groups have data."""
     drawn = {"loss_steps": draw_loss(groups), "steps_to_target": draw_crossings(groups),
              "step_time": draw_times(groups), "diagnostics": draw_diagnostics(groups)}
     if drawn["step_time"]:
@@ -122,13 +131,13 @@ def pictures(runs: list[Run]) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", help="logs, folders of logs, or track_3")
+    parser.add_argument("paths", nargs="+", help="logs, folders, track_3#36, or track_3")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
 
 
 def run(args: argparse.Namespace) -> None:
-    paths = [path for path in args.paths if path != "track_3"]
-    drawn = pictures(read_runs(paths)) if paths else {}
+    names = [name for name in args.paths if name != "track_3"]
+    drawn = pictures(read_groups(names)) if names else {}
     if "track_3" in args.paths:
         drawn |= {"history": draw_history(), "published_curves": draw_entries()}
     files = {args.out / f"{name}.{kind}": rendered(figure, kind)

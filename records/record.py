@@ -13,6 +13,7 @@ from records.bundle import script_of
 from records.figures import FREE, gpus, look
 from records.log import Run
 from records.stats import PRECISION, precision, summary
+from records.table import markdown, number
 
 
 def sha256(data: bytes | str) -> str:
@@ -34,6 +35,8 @@ def problems_of(runs: list[Run]) -> list[str]:
         if sha256(run.script) != run.meta["code_sha256"]:
             found.append(f"{run.path}: code_sha256 is not the hash of the script above it")
     first, seeds = runs[0], [run.seed for run in runs]
+    if not first.meta["config"]["target"]:
+        found.append(f"{first.path}: found no target, expected a run with --target")
     found += [f"seed {seed} occurs {seeds.count(seed)} times, expected distinct seeds"
               for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1})]
     for run in runs[1:]:
@@ -89,13 +92,13 @@ def _readme(logs: dict[str, Run], record: dict, losses: list[float]) -> str:
     verdict = "passes" if rule.passes else "does **not** pass"
     runs = f"{total.n} run{'s' if total.n > 1 else ''}"
     figures = [("runs", f"{total.n}"), ("step", f"{step} of {run.total_steps}"),
-               ("mean loss", f"{total.mean:.5f}"), ("sd", shown(total.sd, ".5f")),
+               ("mean loss", f"{total.mean:.5f}"), ("sd", number(total.sd, ".5f")),
                ("95% interval of the mean (t)",
-                f"{shown(total.low, '.5f')} to {shown(total.high, '.5f')}"),
+                f"{number(total.low, '.5f')} to {number(total.high, '.5f')}"),
                (f"({target:.6g} - mean) * sqrt(n)", f"{rule.statistic:.5f}"),
                (f"rule of track 3: {PRECISION} or more", verdict),
                ("p (z, assumed sigma 0.0013)", f"{rule.p:.2g}"),
-               ("p (Student's t)", shown(rule.p_t, ".2g"))]
+               ("p (Student's t)", number(rule.p_t, ".2g"))]
     rows = [[str(one.seed), f"{one.loss_at(step):.5f}", f"{one.final.val_loss:.5f}",
              _crossing(one, target), f"{one.final.train_time_s:.3f}",
              f"{one.final.step_avg_ms:.2f}", gpus(one.meta), f"[log]({name})"]
@@ -129,11 +132,6 @@ def _hyperparameters(run: Run) -> str:
     return markdown(["group", "optimizer", "hyperparameters"], rows)
 
 
-def shown(value: float | str | None, form: str) -> str:
-    """The value in this format, '-' where there is none."""
-    return "-" if value is None or value != value else format(value, form)  # nan != nan
-
-
 def _crossing(run: Run, target: float) -> str:
     crossing = run.crossing(target)
     return "-" if crossing is None else f"{crossing.step} ({crossing.exact_step:.1f})"
@@ -143,7 +141,3 @@ def _commands(runs: list[Run]) -> list[str]:
     size = runs[0].meta["world_size"]
     start = "python" if size == 1 else f"torchrun --standalone --nproc_per_node={size}"
     return [f"{start} submission.py --data DIR --seed {run.seed}" for run in runs]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])

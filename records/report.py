@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 
 from records.figures import gpus, group_runs, look, rendered
 from records.log import Run, parse_log
-from records.record import markdown, shown
+from records.table import markdown, number
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^(<!-- table:(\w+) -->\n).*?^(<!-- /table:\2 -->)$", re.DOTALL | re.MULTILINE)
@@ -53,13 +53,13 @@ def _prose_row(run: Run, root: Path) -> list[str]:
     final = f"{last.val_loss:.5f} ({last.step})"
     steps = f"{goal:.6g} not reached" if goal else "-"
     if run.target is not None:
-        crossing = shown(run.target["crossing_step"], ".1f")
+        crossing = number(run.target["crossing_step"], ".1f")
         steps = f"{run.target['step']} ({crossing}) to {run.target['loss']:.6g}"
     return [look(meta["optimizer"])[0], gpus(meta), str(meta["seed"]),
-            *(shown(run.loss_at(step), ".5f") for step in (250, 375, 500)),
+            *(number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
             final if run.status == "complete" else f"{final}, {run.status}", steps,
-            f"{last.train_time_s:.3f}", shown(last.step_avg_ms, ".2f"),
-            shown(1000 * meta["config"]["batch_tokens"] / last.step_avg_ms, ",.0f"),
+            f"{last.train_time_s:.3f}", number(last.step_avg_ms, ".2f"),
+            number(1000 * meta["config"]["batch_tokens"] / last.step_avg_ms, ",.0f"),
             f"[log]({run.path.relative_to(root).as_posix()})"]
 
 
@@ -71,7 +71,7 @@ def bench_table(root: Path, bench: str) -> str:
         return f"not measured yet: run `python tools/bench_{bench}.py`\n"
     rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
     cells = [[look(row.get("name", row.get("optimizer", "-")))[0], gpus(row),
-              *(shown(row.get(key), form) for _, key, form in columns)] for row in rows]
+              *(number(row.get(key), form) for _, key, form in columns)] for row in rows]
     commands = dict.fromkeys(f"`{entry.get('command', '-')}`" for entry in entries)
     table = markdown(["optimizer", "GPUs", *(title for title, _, _ in columns)], cells)
     return f"{table}\nMade by {', '.join(commands)}.\n"
@@ -94,12 +94,12 @@ def _newest(path: Path, keys: tuple[str, ...]) -> list[dict]:
     """The last line of a JSONL file for each value of `keys`, sorted by them."""
     found: dict[tuple, dict] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             found[tuple(entry[key] for key in keys)] = entry
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number}: found '{line[:80]}', expected a JSON object "
+            raise ValueError(f"{path} line {place}: found '{line[:80]}', expected a JSON object "
                              f"with {', '.join(keys)}; measure again or delete it") from error
     return [found[key] for key in sorted(found)]
 
@@ -112,7 +112,7 @@ def leaderboard(root: Path) -> str:
         passes = record["passes"]
         rows.append(((not passes, record["steps"], record["mean_loss"], record["name"]), [
             folder.parent.name, f"{record['steps']}", f"{record['mean_loss']:.5f}",
-            shown(record["sd"], ".5f"), f"{record['n']}", f"{record['target']:.6g}",
+            number(record["sd"], ".5f"), f"{record['n']}", f"{record['target']:.6g}",
             f"{record['statistic']:.5f}", "yes" if passes else "no", look(record["optimizer"])[0],
             record["what"] or "-", record["date"],
             f"[{record['name']}]({folder.relative_to(root / 'records').as_posix()}/README.md)"]))
@@ -162,9 +162,9 @@ def check(root: Path, pages: Iterable[str] = PAGES) -> None:
     for page in pages:
         text = (root / page).read_text(encoding="utf-8")
         pairs = zip_longest(text.split("\n"), fill_tables(text, root, page).split("\n"))
-        for number, (found, expected) in enumerate(pairs, 1):
+        for place, (found, expected) in enumerate(pairs, 1):
             if found != expected:
-                raise ValueError(f"{page} line {number}: found '{found}', expected '{expected}'; "
+                raise ValueError(f"{page} line {place}: found '{found}', expected '{expected}'; "
                                  "run python -m records.report")
 
 
