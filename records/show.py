@@ -10,7 +10,7 @@ from records.groups import Group, group, target_of
 from records.published import Entry, track_3
 from records.run import Run
 from records.stats import precision, summary
-from records.table import number, say
+from records.table import number, p_value, say
 
 SETTINGS = (("lr", "lr"), ("weight_decay", "wd"), ("momentum", "momentum"))
 LEADERBOARD = ["entry", "date", "steps", "n", "mean loss", "sd", "(3.28 - mean) sqrt(n)", "rule",
@@ -87,7 +87,7 @@ def _entry_row(entry: Entry) -> list[str]:
     return [f"{entry.number}", entry.date, f"{entry.steps}",
             n if found.n == entry.n else f"{n}, claimed {entry.n}", mean, number(found.sd, ".5f"),
             f"{official.statistic:.5f}", "passes" if official.passes else "fails",
-            f"{official.p:.2g}", "yes" if entry.record else "", entry.method]
+            p_value(official.p), "yes" if entry.record else "", entry.method]
 
 
 def _note(entry: Entry) -> str:

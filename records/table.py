@@ -2,10 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
@@ -17,6 +13,10 @@ def number(value: float | str | None, form: str) -> str:
     return "-" if value is None or value != value else format(value, form)  # nan != nan
 
 
+def p_value(p: float) -> str:
+    return "< 1e-99" if p < 1e-99 else number(p, ".2g")
+
+
 def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool = False) -> None:
     """Print a table without the columns that are all dashes; a pipe gets whole lines."""
     keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
@@ -24,6 +24,10 @@ def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool 
     if as_markdown:
         print(markdown(header, rows))
         return
+    from rich import box  # here, so that Markdown needs the standard library only
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE, pad_edge=False)
     for title in header:
         table.add_column(title, overflow="fold")

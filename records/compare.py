@@ -1,0 +1,132 @@
+"""Groups of runs side by side: means, the rules of track 3, Welch's and the paired t-test.
+
+A group is a log, a folder, a glob or track_3#N. Each is read at its claimed step, or at the last
+one that all its runs share, or all at --step. Of each pair the first is old, the second is new.
+"""
+
+from argparse import ArgumentParser, Namespace
+from itertools import combinations
+from math import isnan
+
+from records.caveats import check_repeats, same_seeds, warnings
+from records.groups import Group, group, target_of
+from records.stats import (
+    SIGMA,
+    Difference,
+    Summary,
+    paired,
+    pairwise,
+    precision,
+    summary,
+    welch,
+)
+from records.table import number, p_value, say
+
+Sized = list[tuple[Group, int]]  # groups, each with the step at which it is read
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("groups", nargs="+", help="log, folder, 'glob' or track_3#N")
+    parser.add_argument("--step", type=int, help="read all groups at this step")
+    parser.add_argument("--target", type=float, help="loss to reach, if not that of the logs")
+    parser.add_argument("--markdown", action="store_true", help="for a README")
+
+
+def run(args: Namespace) -> None:
+    groups = [group(name) for name in args.groups]
+    target = target_of(groups, args.target)
+    if target is None:
+        raise ValueError("found no target in these logs, expected the loss that runs have to "
+                         "reach; name it with --target")
+    check_repeats(groups)
+    sized = [(one, one.last_step() if args.step is None else args.step) for one in groups]
+    say(*loss_table(sized, target), args.markdown)
+    say(*target_table(groups, target), args.markdown)
+    if len(groups) > 1:
+        say(*pair_table(sized, target), args.markdown)
+    for warning in warnings(sized, target):
+        print(f"warning: {warning}")
+
+
+def loss_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
+    header = ["group", "step", "n", "mean loss", "sd", "95% t interval",
+              f"({target:g} - mean) sqrt(n)", "rule", f"p (sigma {SIGMA})", "p (Student's t)"]
+    rows = []
+    for one, step in sized:
+        losses = one.losses(step)
+        found, official = summary(losses), precision(losses, target)
+        rows.append([one.name, f"{step}", f"{found.n}", f"{found.mean:.5f}",
+                     number(found.sd, ".5f"), interval(found, ".5f"), f"{official.statistic:.5f}",
+                     "passes" if official.passes else "fails", p_value(official.p),
+                     p_value(official.p_t)])
+    return header, rows
+
+
+def target_table(groups: list[Group], target: float) -> tuple[list[str], list[list[str]]]:
+    """Interpolated crossings; no interval unless every run crosses, for that would select runs."""
+    header = ["group", f"runs that reach {target:g}", "steps to it", "95% t interval",
+              "seconds to it", "95% t interval"]
+    rows = []
+    for one in groups:
+        cells = [one.name, f"{len(_crossings(one, target, 2))} of {len(one.runs)}"]
+        for field, form in ((2, ".1f"), (3, ".2f")):
+            values = _crossings(one, target, field)
+            whole = summary(values) if len(values) == len(one.runs) else None
+            cells += [number(whole and whole.mean, form), interval(whole, form) if whole else "-"]
+        rows.append(cells)
+    return header, rows
+
+
+def _crossings(one: Group, target: float, field: int) -> list[float]:
+    """Exact steps (field 2) or seconds (3) of the runs whose crossing was seen."""
+    found = [crossing[field] for each in one.runs if (crossing := each.crossing(target))]
+    return [value for value in found if not isnan(value)]
+
+
+def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
+    """Differences are old - new, so that a positive one is a gain of the new group."""
+    header = ["new against old", "loss gained", "Welch p", "pairwise rule", "better", "p",
+              "steps gained", "seconds gained", "same seeds", "loss gained, paired", "paired p",
+              "steps gained, paired"]
+    rows = []
+    for (old, old_step), (new, new_step) in combinations(sized, 2):
+        a, b = old.losses(old_step), new.losses(new_step)
+        test, rule = welch(a, b), pairwise(a, old_step, b, new_step)
+        both = paired(_by_seed(old, a), _by_seed(new, b))
+        steps = paired(_crossed_by_seed(old, target), _crossed_by_seed(new, target))
+        gained = [_gain(old, new, target, field, form) for field, form in ((2, ".1f"), (3, ".2f"))]
+        rows.append([f"{new.name} against {old.name}", _with_interval(test, ".5f"),
+                     p_value(test.p), f"{rule.statistic:.5f}",
+                     "yes" if rule.passes else "not shown", p_value(rule.p), *gained,
+                     f"{both.n}" if both else "-",
+                     _with_interval(both, ".5f") if both else "-",
+                     p_value(both.p) if both else "-",
+                     _with_interval(steps, ".1f") if steps else "-"])
+    return header, rows
+
+
+def _gain(old: Group, new: Group, target: float, field: int, form: str) -> str:
+    a, b = _crossings(old, target, field), _crossings(new, target, field)
+    if len(a) < len(old.runs) or len(b) < len(new.runs):
+        return "-"
+    return _with_interval(welch(a, b), form)
+
+
+def _with_interval(test: Difference, form: str) -> str:
+    return f"{test.difference:{form}} {interval(test, form)}".removesuffix(" -")
+
+
+def _by_seed(one: Group, losses: list[float]) -> dict[int, float]:
+    """Empty where a seed stands for several runs."""
+    seeds = {} if same_seeds(one) else dict(zip((r.seed for r in one.runs), losses, strict=True))
+    return {seed: loss for seed, loss in seeds.items() if seed is not None}
+
+
+def _crossed_by_seed(one: Group, target: float) -> dict[int, float]:
+    """Empty unless every run crosses."""
+    steps = _crossings(one, target, 2)
+    return _by_seed(one, steps) if len(steps) == len(one.runs) else {}
+
+
+def interval(found: Summary | Difference, form: str) -> str:
+    return "-" if isnan(found.low) else f"[{found.low:{form}}, {found.high:{form}}]"
