@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT, TINY, in_fresh_python
 
 import train_gpt
-from records.bundle import files_of, main, script_of
+from records.__main__ import main
+from records.bundle import files_of, script_of
 from records.log import RULE, parse_log
 
 Tiny = Callable[..., list[str]]
@@ -17,7 +18,7 @@ Tiny = Callable[..., list[str]]
 
 def test_an_extracted_tree_is_the_repositorys_and_flattens_to_the_same_script(tiny: Tiny) -> None:
     assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
-    main(["a.txt", "--out", "tree"])
+    main(["extract", "a.txt", "--out", "tree"])
     files = sorted(path for path in Path("tree").rglob("*") if path.is_file())
     names = [path.relative_to("tree").as_posix() for path in files]
     assert "train_gpt.py" in names and "optimizers/slot.py" in names
@@ -34,10 +35,11 @@ def test_the_folder_is_named_after_the_log_unless_it_is_given(
 ) -> None:
     assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
     capsys.readouterr()
-    main(["a.txt"])
+    main(["extract", "a.txt"])
     assert " files in a_source: optimizers/" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="a_source exists already"):
-        main(["a.txt"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["extract", "a.txt"])
+    assert capsys.readouterr().err.startswith("a_source exists already")
     assert not list(Path().glob(".new-*"))
 
 
@@ -51,15 +53,18 @@ def test_no_section_leaves_the_folder(name: str) -> None:
         files_of(f"# {'=' * 20} {name} {'=' * 20}\nprint()\n")
 
 
-def test_a_log_without_source_or_with_a_file_twice_is_refused(tmp_path: Path) -> None:
+def test_a_log_without_source_or_with_a_file_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     twice = f"# {'=' * 20} a.py {'=' * 20}\nprint()\n" * 2
     meta = 'meta: {"format": 1, "optimizer": "", "seed": 1, "world_size": 1, "device": "cpu", ' \
            '"config": {}}'
     body = f"{meta}\n{RULE}\nstep:0/1 val_loss:1.0 train_time:0.0s step_avg:nanms\n"
     for source, message in ((twice, "each file once"), ("", "holds no source")):
         (tmp_path / "a.txt").write_text(f"{source}{RULE}\n{body}")
-        with pytest.raises(ValueError, match=message):
-            main([str(tmp_path / "a.txt")])
+        with pytest.raises(SystemExit, match="2"):
+            main(["extract", str(tmp_path / "a.txt")])
+        assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
