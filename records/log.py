@@ -60,7 +60,8 @@ def parse_runs(path: str | Path) -> list[Run]:
     """All trials of one log, ours or a public one; ValueError with file and line."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rules = [number for number, line in enumerate(lines, 1) if line.rstrip() == RULE]
+    rules = [number for number, line in enumerate(lines, 1)
+             if line[:1] == "=" and line.rstrip() == RULE]
     header = lines[rules[0]:rules[-1]] if rules else []
     if len(rules) > 1 and any(line.startswith("meta: {") for line in header):
         return [parse_log(path)]

@@ -68,7 +68,7 @@ def _check_source(path: Path, lines: list[str], rules: list[int]) -> None:
 
 def _validations(lines: list[str], start: int) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines[start:], start + 1):
-        if line.startswith(("step:", "s:")) and LOOKS_SCORED.match(line):
+        if ("val_" in line or line[:2] == "s:") and LOOKS_SCORED.match(line):
             yield number, line.rstrip()
 
 

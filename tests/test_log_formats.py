@@ -3,7 +3,7 @@
 import json
 from math import isnan
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import pytest
 
@@ -211,7 +211,7 @@ def test_a_folder_counts_its_logs_or_those_of_its_record(tmp_path: Path) -> None
 
 
 def test_500_logs_of_track_1_size_take_under_10_seconds(tmp_path: Path) -> None:
-    """60 are timed; each holds 100 kB of source and 6000 training lines, 0.4 MB in all."""
+    """60 are timed, on one core; each is 0.4 MB: 100 kB of source and 6000 training lines."""
     source = SOURCE + "    x = f'{step}' + 'a line of source'\n" * 2500
     body = []
     for step in range(0, 6001):
@@ -221,7 +221,7 @@ def test_500_logs_of_track_1_size_take_under_10_seconds(tmp_path: Path) -> None:
     text = "\n".join([source + RULE, RUNNING, RULE, *body, ""])
     for index in range(60):
         (tmp_path / f"{index:02}.txt").write_text(text, encoding="utf-8")
-    start = perf_counter()
+    start = process_time()
     runs = read_runs([tmp_path])
     assert len(runs) == 60 and len(runs[0].points) == 49
-    assert (perf_counter() - start) * 500 / 60 < 10
+    assert (process_time() - start) * 500 / 60 < 10
