@@ -13,7 +13,7 @@ OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colou
     "normuon": ("NorMuon", "#009E73"), "unormuon": ("U-NorMuon", "#CC79A7"),
 }
 STYLES = ("-", "--", ":", "-.")  # of the first, second ... group of one colour
-FREE = ("seed", "trials", "log", "data", "wandb", "diagnostics")  # settings that change no loss
+FREE = ("seed", "trials", "log", "data", "wandb", "device", "diagnostics")  # change no loss
 Groups = dict[str, list[Run]]
 
 
@@ -36,7 +36,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def group_runs(runs: list[Run]) -> Groups:
-    """Label to runs; a label says the optimizer and in which settings its group is special."""
+    """Label to runs, in order of appearance; a label says the optimizer and what is special."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(json.dumps(settings(run), sort_keys=True), []).append(run)
@@ -47,7 +47,7 @@ def group_runs(runs: list[Run]) -> Groups:
     labels = [", ".join([look(one["optimizer"])[0], *(
         f"{one.get(key)}" if key == "GPUs" else f"{key} {one.get(key)}"
         for key in differ if key != "optimizer")]) for one in every]
-    return dict(sorted(zip(labels, groups, strict=True)))
+    return dict(zip(labels, groups, strict=True))
 
 
 def looks(groups: Groups) -> dict[str, dict[str, Any]]:

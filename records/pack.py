@@ -33,7 +33,8 @@ def pack(runs: list[Run], folder: Path, facts: dict) -> None:
     runs = sorted(runs, key=lambda run: run.seed)
     logs = {f"logs/seed_{run.seed:02}.txt": run for run in runs}
     files: dict[str, str | bytes] = {name: run.path.read_bytes() for name, run in logs.items()}
-    files["curves.png"] = rendered(draw_loss(group_runs(runs)), "png")
+    target = runs[0].meta["config"]["target"]
+    files["curves.png"] = rendered(draw_loss(group_runs(runs), target), "png")
     hashes = {name: sha256(data) for name, data in files.items()}
     write_folder(folder, files | contents(logs, facts, hashes))
 

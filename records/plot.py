@@ -9,50 +9,44 @@ matplotlib).
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from records.figures import Groups, group_runs, legend, looks, mean_line, new_figure, rendered
+from records.groups import Group, group, target_of
 from records.history import draw_entries, draw_history
-from records.log import Run, read_runs
-from records.published import entry
+from records.run import Run
 
 
-def draw_loss(groups: Groups, time: bool = False) -> Any:
+def draw_loss(groups: Groups, target: float | None, time: bool = False) -> Any:
     """Loss against steps or training time: without its fall from the start, and the last third."""
     figure, panels = new_figure(2)
-    runs = [run for group in groups.values() for run in group]
-    last = max(run.final.step for run in runs)
+    last = max(run.final.step for runs in groups.values() for run in runs)
     for axes, first in zip(panels, (0.1 * last, 2 / 3 * last), strict=True):
         for label, style in looks(groups).items():
             curves = [{p.step: (p.train_time_s if time else p.step, p.val_loss)
                        for p in run.points if p.step >= first} for run in groups[label]]
             mean_line(axes, curves, style)
-        for target in targets(runs):
+        if target:
             axes.axhline(target, ls=(0, (6, 4)), lw=1, color="0.4", label=f"target {target:.6g}")
         axes.set(xlabel="training time (s)" if time else "step", ylabel="validation loss")
     legend(figure, panels[0])
     return figure
 
 
-def targets(runs: list[Run]) -> list[float]:
-    return sorted({run.meta.get("config", {}).get("target", 3.28) for run in runs} - {0.0})
-
-
-def draw_crossings(groups: Groups) -> Any | None:
+def draw_crossings(groups: Groups, target: float) -> Any | None:
     """One dot per run: the step at which its loss crossed the target; None where none did."""
-    goals = targets([run for group in groups.values() for run in group])
     figure, (axes,) = new_figure(1)
-    seen = False
+    steps = {label: [crossing.exact_step for run in runs if (crossing := run.crossing(target))]
+             for label, runs in groups.items()}
     for row, (label, style) in enumerate(looks(groups).items()):
-        found = [c.exact_step for run in groups[label] for goal in goals[-1:]
-                 if (c := run.crossing(run.meta.get("config", {}).get("target") or goal))]
-        seen = seen or bool(found)
-        axes.plot(found, [row] * len(found), "o", color=style["color"], alpha=0.6)
-        if found:
-            axes.plot(sum(found) / len(found), row, "|", ms=22, mew=2, color=style["color"])
-    axes.set(xlabel="steps to the target (bar: mean)", ylim=(-0.6, len(groups) - 0.4))
-    axes.set_yticks(range(len(groups)), [f"{label}\nn = {len(groups[label])}" for label in groups])
-    return figure if seen else None
+        axes.plot(steps[label], [row] * len(steps[label]), "o", color=style["color"], alpha=0.6)
+        if steps[label]:
+            axes.plot(fmean(steps[label]), row, "|", ms=22, mew=2, color=style["color"])
+    axes.set(xlabel=f"steps to {target:.6g} (bar: mean)", ylim=(-0.6, len(groups) - 0.4))
+    axes.set_yticks(range(len(groups)), [f"{label}\n{len(steps[label])} of {len(groups[label])}"
+                                         for label in groups])
+    return figure if any(steps.values()) else None
 
 
 def draw_times(groups: Groups) -> Any | None:
@@ -110,36 +104,43 @@ def draw_diagnostics(groups: Groups) -> Any | None:
     return figure if seen else None
 
 
-def read_groups(names: list[str]) -> Groups:
+def read_groups(names: list[str]) -> list[Group]:
     """Logs and folders by their settings, published entries (track_3#36) by their name.
 
     Runs that did not complete are left out, unless all did not.
     """
-    entries = [entry(name) for name in names if name.startswith("track_3#")]
-    runs = read_runs(name for name in names if not name.startswith("track_3#"))
+    entries = [group(name) for name in names if name.startswith("track_")]
+    runs = [run for name in names if not name.startswith("track_") for run in group(name).runs]
     complete = [run for run in runs if run.status == "complete"] or runs
-    return group_runs(complete) | {one.label: one.runs for one in entries if one.runs}
+    return [Group(label, some) for label, some in group_runs(complete).items()] + entries
 
 
-def pictures(groups: Groups) -> dict[str, Any]:
+def pictures(groups: Groups, target: float | None) -> dict[str, Any]:
     """Name to figure, of those for which the groups have data."""
-    drawn = {"loss_steps": draw_loss(groups), "steps_to_target": draw_crossings(groups),
-             "step_time": draw_times(groups), "diagnostics": draw_diagnostics(groups)}
-    if drawn["step_time"]:
-        drawn["loss_time"] = draw_loss(groups, time=True)
+    times = draw_times(groups)
+    drawn = {"loss_steps": draw_loss(groups, target),
+             "loss_time": draw_loss(groups, target, time=True) if times else None,
+             "steps_to_target": draw_crossings(groups, target) if target else None,
+             "step_time": times, "diagnostics": draw_diagnostics(groups)}
     return {name: figure for name, figure in drawn.items() if figure}
+
+
+def history() -> dict[str, Any]:
+    """Name to figure, of the published entries of track 3."""
+    return {"history": draw_history(), "published_curves": draw_entries()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", help="logs, folders, track_3#36, or track_3")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument("--target", type=float, help="loss to reach, if not that of the logs")
 
 
 def run(args: argparse.Namespace) -> None:
-    names = [name for name in args.paths if name != "track_3"]
-    drawn = pictures(read_groups(names)) if names else {}
-    if "track_3" in args.paths:
-        drawn |= {"history": draw_history(), "published_curves": draw_entries()}
+    found = read_groups([name for name in args.paths if name != "track_3"])
+    groups = {one.name: one.runs for one in found}
+    drawn = pictures(groups, target_of(found, args.target)) if found else {}
+    drawn |= history() if "track_3" in args.paths else {}
     files = {args.out / f"{name}.{kind}": rendered(figure, kind)
              for name, figure in drawn.items() for kind in ("png", "svg")}
     args.out.mkdir(parents=True, exist_ok=True)

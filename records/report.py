@@ -177,7 +177,7 @@ def write(root: Path) -> None:
     if runs := [run for run in prose_runs(root) if run.status == "complete"]:
         from records.plot import draw_loss  # here: the tables do not need matplotlib
 
-        picture = rendered(draw_loss(group_runs(runs)), "png")
+        picture = rendered(draw_loss(group_runs(runs), runs[0].meta["config"]["target"]), "png")
         (root / "records/prose/curves.png").write_bytes(picture)
 
 
