@@ -13,9 +13,9 @@ from pathlib import Path
 
 from records.run import Point, Run, line_error
 
-NUMBER = r"(?:\d+(?:\.\d+)?|-?inf|nan)"
-VALIDATION = re.compile(rf"(?:step:(\d+)/(\d+) (?=.*\bval_)|s:(\d+) (?=tel:))"
-                        rf"((?:[a-z_]+:{NUMBER}(?:ms|s|%)? ?)+)")
+FIELD = r"[a-z_]+:(?:\d+(?:\.\d+)?|-?inf|nan)(?:ms|s|%)?"
+VALIDATION = re.compile(rf"(?:step:(\d+)/(\d+) +(?=.*\bval_)|s:(\d+) (?=tel:))"
+                        rf"({FIELD}(?: +{FIELD})*)")
 LOOKS_SCORED = re.compile(r"(?:step:.*\bval_\w*loss:|s:\d+ tel:)")
 SCORED = ("val_ema_loss", "val_loss", "tel")  # the first of these in a line counts; tel: llm.c
 SOURCE = re.compile(r"(?:import|from) \w+(?:$|[. ,])")

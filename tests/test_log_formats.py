@@ -135,6 +135,7 @@ def test_line_ends_bytes_and_progress_bars_change_nothing(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("line", "found"), [
     ("step:200/300 val_loss:3.2e0 train_time:1.0s step_avg:5.00ms", "val_loss:3.2e0"),
     ("step:200/300 val_loss:3.20000 train_time:1.0s step:201/300 train_time", "step:201"),
+    ("step:200/300 val_loss:3.2train_time:1.0s step_avg:5.00ms", "3.2train_time"),
     ("step:200/300 val_best_loss:3.2 train_time:1.0s step_avg:5.00ms", "val_best_loss"),
     ("step:100/300 val_loss:3.50001 train_time:1.0s step_avg:5.00ms", "step 100/300 after"),
     ("step:200/301 val_loss:3.50001 train_time:1.0s step_avg:5.00ms", "step 200/301 after"),
