@@ -7,13 +7,20 @@ rule of records/stats.py, or the last step where none does.
 import hashlib
 import json
 from math import isfinite, isnan
+from pathlib import Path
 from typing import Any
 
 from records.bundle import script_of
+from records.caveats import warnings
+from records.compare import pair_table
 from records.figures import FREE, gpus, look
-from records.log import Run
+from records.groups import Group, group, target_of
+from records.run import Run
 from records.stats import PRECISION, precision, summary
 from records.table import markdown, number
+
+RECORDS = Path(__file__).resolve().parent
+FACTS = ("name", "date", "what", "baseline")  # given by people; all else is computed
 
 
 def sha256(data: bytes | str) -> str:
@@ -39,6 +46,9 @@ def problems_of(runs: list[Run]) -> list[str]:
         found.append(f"{first.path}: found no target, expected a run with --target")
     found += [f"seed {seed} occurs {seeds.count(seed)} times, expected distinct seeds"
               for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1})]
+    curves = [[point.val_loss for point in run.points] for run in runs]
+    found += [f"{run.path}: has the losses of another run, expected one log of each run"
+              for i, run in enumerate(runs) if curves[i] in curves[:i]]
     for run in runs[1:]:
         mine, others = (_settings(one) for one in (run, first))
         differ = [key for key in mine if mine[key] != others.get(key)]
@@ -64,16 +74,24 @@ def claim(runs: list[Run]) -> int:
     return next(passing, steps[-1])
 
 
+def baseline_of(name: str) -> tuple[Group, int]:
+    """The runs and the claimed step of track_3#N, or of a record by its folder below records/."""
+    if "#" in name:
+        return (found := group(name)), found.last_step()
+    steps = json.loads((RECORDS / name / "record.json").read_text(encoding="utf-8"))["steps"]
+    return Group(name, group(str(RECORDS / name)).runs), steps
+
+
 def contents(logs: dict[str, Run], facts: dict, hashes: dict[str, str]) -> dict[str, str]:
     """Texts of README.md, record.json and submission.py for `logs` (by their name in the record).
 
-    `facts` holds name, date and what; `hashes` the sha256 of the picture and each log.
+    `facts` holds name, date, what and baseline (or ""), `hashes` the sha256 of picture and logs.
     """
     runs = list(logs.values())
     step, target = claim(runs), runs[0].meta["config"]["target"]
     losses = [run.loss_at(step) for run in runs]
     total, rule = summary(losses), precision(losses, target)
-    record = {"format": 1, **{key: facts[key] for key in ("name", "date", "what")},
+    record = {"format": 1, **{key: facts[key] for key in FACTS},
               "optimizer": runs[0].meta["optimizer"], "target": target, "steps": step,
               "n": total.n, "mean_loss": round(total.mean, 6),
               "sd": None if isnan(total.sd) else round(total.sd, 6),
@@ -103,6 +121,7 @@ def _readme(logs: dict[str, Run], record: dict, losses: list[float]) -> str:
              _crossing(one, target), f"{one.final.train_time_s:.3f}",
              f"{one.final.step_avg_ms:.2f}", gpus(one.meta), f"[log]({name})"]
             for name, one in logs.items()]
+    torch = " and ".join(sorted({str(one.meta.get("torch", "unknown")) for one in logs.values()}))
     header = ["seed", f"loss at {step}", f"final ({run.total_steps})", "steps to target "
               "(interpolated)", "train time (s)", "ms per step", "GPUs", "log"]
     return "\n".join([
@@ -114,21 +133,37 @@ def _readme(logs: dict[str, Run], record: dict, losses: list[float]) -> str:
         markdown(["figure", "value"], [list(pair) for pair in figures]), "## Runs", "",
         markdown(header, rows), "## Settings", "",
         "Read back from the optimizers after step 1.", "",
-        _hyperparameters(run), "## Repeat", "",
+        _hyperparameters(run), *_comparison(logs, record), "## Repeat", "",
         "[submission.py](submission.py) is the whole source with its arguments; `DIR` holds "
-        "the shards.", "", "```sh", *_commands(list(logs.values())), "```", "",
+        f"the shards. Code sha256 `{record['code_sha256']}`, torch {torch}.", "",
+        "```sh", *_commands(list(logs.values())), "```", "",
         "Written by `python -m records pack` from the logs that [record.json](record.json) names; "
         "`python -m records verify` compares.", ""])
 
 
+def _comparison(logs: dict[str, Run], record: dict) -> list[str]:
+    """Against the baseline, if there is one, and what to know before believing the figures."""
+    target, lines = record["target"], []
+    sized = [(Group(record["name"], list(logs.values())), record["steps"])]
+    if record["baseline"]:
+        sized.insert(0, baseline_of(record["baseline"]))
+        target_of([one for one, _ in sized])  # refuses mixed targets
+        header, (row,) = pair_table(sized, target)
+        known = [list(pair) for pair in zip(header, row, strict=True) if pair[1] != "-"][1:]
+        lines = [f"## Against {record['baseline']}", "", "Gains of this record are positive.", "",
+                 markdown(["figure", "value"], known)]
+    caveats = [f"- {warning}" for warning in warnings(sized, target)]
+    return lines + (["## Caveats", "", *caveats, ""] if caveats else [])
+
+
 def _hyperparameters(run: Run) -> str:
     rows = []
-    for group in run.optim["groups"]:
-        others = {key: value for key, value in group.items()
+    for one in run.optim["groups"]:
+        others = {key: value for key, value in one.items()
                   if key not in ("name", "optimizer", "initial_lr")}
         text = ", ".join(f"{key} {value}" for key, value in others.items()
                          if value is not None and value is not False)
-        rows.append([group["name"], group["optimizer"], text])
+        rows.append([one["name"], one["optimizer"], text])
     return markdown(["group", "optimizer", "hyperparameters"], rows)
 
 

@@ -12,8 +12,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from records import report
-from records.log import Run, parse_log
-from records.record import contents, problems_of, sha256
+from records.log import parse_log
+from records.record import FACTS, contents, problems_of, sha256
+from records.run import Run
 
 LINK = re.compile(r"\]\(<?([^)\s>]+)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
@@ -55,8 +56,8 @@ def verify_record(folder: Path) -> list[str]:
     """All that pack promises; a problem that hides others is reported alone."""
     try:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        facts = {key: str(record[key]) for key in ("name", "date", "what")}
-        named = sorted(record["logs"])
+        facts = {key: str(record[key]) for key in FACTS}
+        named = sorted(map(str, record["logs"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{folder / 'record.json'}: found no record ({error!r}), expected what pack wrote"]
     expected = {"README.md", "record.json", "submission.py", "curves.png", *named}
@@ -68,9 +69,9 @@ def verify_record(folder: Path) -> list[str]:
         return problems or [f"{folder / 'record.json'}: names no log"]
     try:
         logs = {name: parse_log(folder / name) for name in named}
-    except ValueError as error:
-        return [str(error)]
-    return problems_of(list(logs.values())) or _compare(folder, logs, facts)
+        return problems_of(list(logs.values())) or _compare(folder, logs, facts)
+    except (OSError, ValueError) as error:
+        return [f"{folder}: {error}"]
 
 
 def _compare(folder: Path, logs: dict[str, Run], facts: dict[str, str]) -> list[str]:

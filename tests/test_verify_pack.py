@@ -3,17 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
 
 import train_gpt
-from records import report
+from records import pack, report
+from records import record as record_module
 from records.__main__ import main
 from records.bundle import script_of
 from records.log import parse_log
-from records.pack import TRACK
+from records.pack import FIXED, TRACK
 from records.stats import precision
 from records.verify import verify_all, verify_page, verify_record
 
@@ -114,7 +116,7 @@ def test_runs_of_another_size_are_no_record_of_track_3(
     assert "target 5.52 instead of 3.28, batch_tokens 512 instead of 524288" in message
     assert not TRACK.exists() or not list(TRACK.glob("*_tiny"))
     message = refused(capsys, "pack", "logs", "--name", "../tiny", "--out", "record")
-    assert message == "name ../tiny: expected lower case letters, digits, - and _\n"
+    assert message.startswith("name '../tiny': expected --name with lower case letters")
 
 
 def test_an_existing_folder_is_kept(
@@ -124,12 +126,67 @@ def test_an_existing_folder_is_kept(
     assert message.startswith("record exists already")
 
 
+def as_track_3(logs: Path) -> None:
+    """Changes the config of the logs to that of the benchmark."""
+    for path in logs.iterdir():
+        config = parse_log(path).meta["config"]
+        for key, value in FIXED.items():
+            replace(path, f'"{key}": {config[key]}', f'"{key}": {value}')
+
+
+def test_a_record_of_track_3_goes_to_its_folder_and_may_name_a_baseline(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_track_3(logs)
+    monkeypatch.setattr(pack, "TRACK", tmp_path / "track_3")
+    for module in (pack, record_module):
+        monkeypatch.setattr(module, "RECORDS", tmp_path)
+    main(["pack", "logs", "--name", "one", "--baseline", "track_3#36"])
+    (folder,) = Path("track_3").iterdir()
+    assert folder.name == f"{date.today()}_one"
+    readme = (folder / "README.md").read_text()
+    assert "## Against track_3#36" in readme and "| better | not shown |" in readme
+    assert "- hardware differs, seconds do not compare: track_3#36 on 8 x H100" in readme
+    main(["pack", "logs", "--name", "two", "--baseline", str(folder)])
+    two = folder.with_name(f"{date.today()}_two")
+    assert f"## Against track_3/{folder.name}" in (two / "README.md").read_text()
+    assert verify_record(folder) == verify_record(two) == []
+    replace(two / "README.md", "| loss gained | 0.", "| loss gained | 1.")
+    assert len(verify_record(two)) == 1
+    message = refused(capsys, "pack", "logs", "--name", "c", "--baseline", "logs")
+    assert message.startswith("baseline logs: found no record")
+    message = refused(capsys, "pack", "logs", "--name", "c", "--baseline", "track_3#77")
+    assert message.startswith("found no entry track_3#77")
+
+
+def test_a_baseline_with_another_target_is_refused(
+    logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(
+        capsys, "pack", "logs", "--name", "a", "--out", "new", "--baseline", "track_3#36")
+    assert message.startswith("found mixed targets")
+
+
+def test_update_writes_the_pages_again_after_a_change_of_the_program(record: Path) -> None:
+    texts = [(record / name).read_text() for name in ("README.md", "record.json", "submission.py")]
+    replace(record / "README.md", "Validation loss", "An older sentence")
+    facts = json.loads(texts[1])
+    del facts["statistic"]
+    (record / "record.json").write_text(json.dumps(facts))
+    main(["pack", str(record), "--update"])
+    assert verify_record(record) == []
+    assert texts == [
+        (record / name).read_text() for name in ("README.md", "record.json", "submission.py")]
+
+
 SPOIL = {
     "seed 1 occurs 2 times": lambda logs: shutil.copy(logs / "a.seed1.txt", logs / "b.txt"),
     "the run is crashed at step 4": lambda logs: replace(logs / "a.seed2.txt", '\nend: {"', "\nX"),
     "is ranks hold different parameters": lambda logs: replace(
         logs / "a.seed2.txt", 'end: {"status": "complete"',
         'end: {"status": "ranks hold different parameters"'),
+    "a.seed2.txt: has the losses of another run": lambda logs: (logs / "a.seed2.txt").write_text(
+        (logs / "a.seed1.txt").read_text().replace('"seed": 1, "config"', '"seed": 2, "config"')),
     "a loss that is not finite": lambda logs: replace(
         logs / "a.seed2.txt", step_of(logs / "a.seed2.txt").split()[1], "val_loss:nan"),
     "differ in target": lambda logs: replace(
@@ -168,8 +225,8 @@ def swap(record: Path) -> None:
 DAMAGE = {  # the sentence of verify, and what was done to a record
     "README.md line 5": lambda record: replace(record / "README.md", " loss 5.", " loss 4."),
     "README.md line 29": lambda record: replace(record / "README.md", "| 3 | 5.", "| 3 | 4."),
-    "record.json line 8": lambda record: replace(record / "record.json", '"steps": ', '"steps": 1'),
-    "record.json line 20": lambda record: replace(
+    "record.json line 9": lambda record: replace(record / "record.json", '"steps": ', '"steps": 1'),
+    "record.json line 21": lambda record: replace(
         record / "record.json", '"final_loss": 5', '"final_loss": 4', 2),
     "seed_02.txt: missing": lambda record: (record / "logs/seed_02.txt").unlink(),
     "submission.py: missing": lambda record: (record / "submission.py").unlink(),
