@@ -1,5 +1,7 @@
 """What a reader has to know before believing a comparison of groups of runs."""
 
+from collections import Counter
+
 from records.groups import Group
 from records.run import Run
 from records.show import hardware
@@ -39,9 +41,9 @@ def warnings(sized: list[tuple[Group, int]], target: float) -> list[str]:
                          f"{len(runs) - 1}; if n was extended until it held, p is larger")
         if again := same_seeds(one):
             found.append(f"{one.name} counts {again}")
-        unfinished = [f"{run.name} {run.status}" for run in one.runs if run.status != "complete"]
-        if unfinished:
-            found.append(f"{one.name}: not complete: {', '.join(unfinished)}")
+        for status, count in Counter(each.status for each in one.runs).items():
+            if status != "complete":
+                found.append(f"{one.name}: {count} of {len(one.runs)} runs: {status}")
     groups = [one for one, _ in sized]
     machines = {one.name: " and ".join(sorted({*map(hardware, one.runs)})) for one in groups}
     if len({*machines.values()}) > 1 or any(" and " in name for name in machines.values()):

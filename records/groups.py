@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from glob import glob
 from math import isfinite
+from pathlib import Path
 
 from records.log import read_runs
 from records.published import TARGET, entry
@@ -41,7 +42,7 @@ class Group:
 
 def group(name: str) -> Group:
     """ValueError where the name stands for nothing; a trailing / of a folder is dropped."""
-    if name.startswith("track_"):
+    if name.startswith("track_") and not Path(name).exists():
         found = entry(name)
         return Group(found.label, found.runs, found.steps, published=True)
     paths = sorted(glob(name, recursive=True)) if any(sign in name for sign in "*?[") else [name]

@@ -8,7 +8,7 @@ is full of f-strings that look like results. The writer in train_gpt.py is the d
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from records.run import Point, Run, line_error
@@ -29,7 +29,7 @@ REQUIRED = {  # the words we know and the keys that readers rely on
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """The runs of files and folders; a folder counts *.txt and *.log at any depth, in order.
 
-    Where a folder holds record.json, only the files count that its "logs" names.
+    Of a folder with record.json, also of one inside, only the files count that its "logs" names.
     """
     return [run for path in paths for file in log_files(path) for run in parse_runs(file)]
 
@@ -37,23 +37,31 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 def log_files(path: str | Path) -> list[Path]:
     """The logs of a folder, or the one file itself; ValueError where there is none."""
     path = Path(path)
-    if path.is_file():
-        return [path]
-    record = path / "record.json"
-    if record.is_file():
-        try:
-            found = [path / name for name in json.loads(record.read_text("utf-8"))["logs"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{record}: found no list "logs" ({error!r}), expected the names of '
-                             "the logs that count; write them") from None
-    else:
-        found = sorted(file for kind in ("*.txt", "*.log") for file in path.rglob(kind))
+    found = [path] if path.is_file() else list(_logs_in(path)) if path.is_dir() else []
     if not found:
         what = "no *.txt or *.log in" if path.is_dir() else "nothing at"
         raise ValueError(f"found {what} {path}, expected a log or a folder of logs; name another")
-    if missing := [file for file in found if not file.is_file()]:
-        raise ValueError(f"{record}: found no {missing[0]}, expected each of its logs; restore it")
     return found
+
+
+def _logs_in(folder: Path) -> Iterator[Path]:
+    record = folder / "record.json"
+    if record.is_file():
+        try:
+            names = [str(folder / name) for name in json.loads(record.read_text("utf-8"))["logs"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{record}: found no list "logs" ({error!r}), expected the names of '
+                             "the logs that count; write them") from None
+        if missing := [name for name in names if not Path(name).is_file()]:
+            raise ValueError(f"{record}: found no {missing[0]}, expected each of its logs; "
+                             "restore it")
+        yield from map(Path, names)
+        return
+    for child in sorted(folder.iterdir()):
+        if child.is_dir():
+            yield from _logs_in(child)
+        elif child.suffix in (".txt", ".log"):
+            yield child
 
 
 def parse_runs(path: str | Path) -> list[Run]:

@@ -30,6 +30,7 @@ def run(args: Namespace) -> None:
         return
     groups = [group(name) for name in args.runs]
     say(*run_table(groups, target_of(groups, args.target)), args.markdown)
+    print("".join(f"{line}\n" for line in read_back(groups)), end="")
 
 
 def run_table(groups: list[Group], target: float | None) -> tuple[list[str], list[list[str]]]:
@@ -37,7 +38,7 @@ def run_table(groups: list[Group], target: float | None) -> tuple[list[str], lis
     goal = "target" if target is None else f"{target:g}"
     header = ["group", "run", "status", "step", "final loss", "best loss (step)",
               f"step at {goal} (interpolated)", f"seconds to {goal}", "ms per step", "tokens/s",
-              "hardware", "seed", "settings read back"]
+              "hardware", "seed"]
     claimed = any(one.step for one in groups)
     header[4:4] = ["loss at the claimed step"] if claimed else []
     rows = []
@@ -64,7 +65,7 @@ def _run_row(each: Run, target: float | None) -> list[str]:
             f"{last.val_loss:.5f}", f"{best.val_loss:.5f} ({best.step})", where,
             number(crossing and crossing.exact_seconds, ".3f"), number(pace and 1000 * pace, ".2f"),
             number(tokens and pace and tokens / pace, ",.0f"), hardware(each),
-            number(each.seed, "d"), _settings(each)]
+            number(each.seed, "d")]
 
 
 def hardware(each: Run) -> str:
@@ -72,11 +73,18 @@ def hardware(each: Run) -> str:
     return f"{count} x {device.removeprefix('NVIDIA ')}"
 
 
-def _settings(each: Run) -> str:
-    groups = each.optim["groups"] if each.optim else []
-    return "; ".join(f"{one['name']} " + " ".join(f"{short} {one[key]:g}" for key, short in SETTINGS
-                                                  if isinstance(one.get(key), int | float))
-                     for one in groups) or "-"
+def read_back(groups: list[Group]) -> list[str]:
+    """What the optimizers of the runs really used, once for all runs that used the same."""
+    runs: dict[str, list[str]] = {}
+    for each in (each for one in groups for each in one.runs if each.optim):
+        parts: dict[str, list[str]] = {}
+        for part in each.optim["groups"]:
+            values = " ".join(f"{short} {part[key]:g}" for key, short in SETTINGS
+                              if isinstance(part.get(key), int | float))
+            parts.setdefault(values, []).append(part["name"])
+        settings = "; ".join(f"{', '.join(names)} {values}" for values, names in parts.items())
+        runs.setdefault(settings, []).append(each.name)
+    return [f"settings read back of {', '.join(names)}: {line}" for line, names in runs.items()]
 
 
 def _entry_row(entry: Entry) -> list[str]:

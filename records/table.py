@@ -28,12 +28,13 @@ def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for title in header:
-        table.add_column(title, overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for title, *cells in zip(header, *rows, strict=True):
+        table.add_column(title, overflow="fold", min_width=min(6, max(map(len, cells))))
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 400
     console.print(table)
+    console.print()

@@ -199,6 +199,9 @@ def test_a_folder_counts_its_logs_or_those_of_its_record(tmp_path: Path) -> None
     assert [run.name for run in read_runs([tmp_path])] == ["a", "b", "c"]
     (tmp_path / "record.json").write_text(json.dumps({"logs": ["deep/c.txt", "b.txt"]}))
     assert [run.name for run in read_runs([tmp_path, tmp_path / "a.log"])] == ["c", "b", "a"]
+    (tmp_path / "record.json").rename(tmp_path / "deep/record.json")
+    (tmp_path / "deep/record.json").write_text('{"logs": ["../b.txt"]}')  # found from above, too
+    assert [run.name for run in read_runs([tmp_path])] == ["a", "b", "b"]
     for text, found in (('{"logs": ["x.txt"]}', "found no "), ("{}", 'no list "logs"'),
                         ("{", 'no list "logs"')):
         (tmp_path / "record.json").write_text(text)
