@@ -23,16 +23,18 @@ def look(name: str) -> tuple[str, str]:
 
 
 def gpus(entry: dict) -> str:
+    """As in `2 x H200`, of a log's meta or a measurement."""
     count = entry.get("world_size", entry.get("gpus", 1))
     return f"{count} x {entry['device'].removeprefix('NVIDIA ')}"
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What runs of one group share; of a public log we know its folder only."""
+    """What runs of one group share, their code too; of a public log we know its folder only."""
     if "config" not in run.meta:
-        return {"optimizer": run.path.parent.name}
+        return {"optimizer": str(run.path.parent)}
     config = {key: value for key, value in run.meta["config"].items() if key not in FREE}
-    return config | {"optimizer": run.meta["optimizer"], "GPUs": gpus(run.meta)}
+    return config | {"optimizer": run.meta["optimizer"], "GPUs": gpus(run.meta),
+                     "code": run.meta.get("code_sha256", "unknown")[:7]}
 
 
 def group_runs(runs: list[Run]) -> Groups:
@@ -65,7 +67,8 @@ def looks(groups: Groups) -> dict[str, dict[str, Any]]:
 
 
 def new_figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # here, so that tables need the standard library only
+    """A figure and its panels, row by row."""
+    from matplotlib.figure import Figure  # here: the tables do not need matplotlib
 
     figure = Figure(figsize=(4.5 * columns, 4.4 * rows), dpi=120, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -75,6 +78,7 @@ def new_figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
 
 
 def legend(figure: Any, axes: Any) -> None:
+    """One for the whole figure, below it."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, ncols=2, frameon=False, loc="outside lower center")

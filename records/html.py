@@ -1,7 +1,8 @@
 """One HTML file about runs: `python -m records report PATHS... --out report.html`.
 
 Statistics, pictures and a table of all runs, with everything inside: no network, no script. PATHS
-are those of plot; runs that agree in everything but the seed are one group.
+are those of plot; runs that agree in everything but the seed are one group. (The tables of this
+repository are written by another command, `python -m records.report`.)
 """
 
 from argparse import ArgumentParser, Namespace

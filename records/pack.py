@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", args.name):
         raise ValueError(f"name '{args.name}': expected --name with lower case letters, digits, - "
                          "and _")
+    if re.search(r"[|\n]", args.what):
+        raise ValueError(f"what {args.what!r}: expected one sentence without | and line breaks")
     for one in runs:
         config = one.meta.get("config", {})
         wrong = [f"{key} {config.get(key)} instead of {value}" for key, value in FIXED.items()

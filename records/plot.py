@@ -112,7 +112,10 @@ def read_groups(names: list[str]) -> list[Group]:
     entries = [group(name) for name in names if name.startswith("track_")]
     runs = [run for name in names if not name.startswith("track_") for run in group(name).runs]
     complete = [run for run in runs if run.status == "complete"] or runs
-    return [Group(label, some) for label, some in group_runs(complete).items()] + entries
+    groups = [Group(label, some) for label, some in group_runs(complete).items()] + entries
+    for one in groups:
+        one.last_step()  # ValueError where they share none: there is no mean
+    return groups
 
 
 def pictures(groups: Groups, target: float | None) -> dict[str, Any]:

@@ -108,18 +108,25 @@ def leaderboard(root: Path) -> str:
     """One row per record folder: those that pass the rule first, by steps and then by loss."""
     rows = []
     for path in root.glob("records/*/*/record.json"):
-        record, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
-        passes = record["passes"]
-        rows.append(((not passes, record["steps"], record["mean_loss"], record["name"]), [
-            folder.parent.name, f"{record['steps']}", f"{record['mean_loss']:.5f}",
-            number(record["sd"], ".5f"), f"{record['n']}", f"{record['target']:.6g}",
-            f"{record['statistic']:.5f}", "yes" if passes else "no", look(record["optimizer"])[0],
-            record["what"] or "-", record["date"],
-            f"[{record['name']}]({folder.relative_to(root / 'records').as_posix()}/README.md)"]))
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            order = (not record["passes"], record["steps"], record["mean_loss"], path)
+            rows.append((order, _record_row(record, path.parent.relative_to(root / "records"))))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: found no record ({error!r}), expected what pack wrote; run "
+                             f"python -m records verify {path.parent}") from error
     header = ["track", "steps", "mean loss", "sd", "n", "target", "statistic", "passes",
               "optimizer", "what", "date", "record"]
     table = markdown(header, [row for _, row in sorted(rows)])
     return table if rows else "no record yet: run `python -m records pack FOLDER --name NAME`\n"
+
+
+def _record_row(record: dict, folder: Path) -> list[str]:
+    return [folder.parent.name, f"{record['steps']}", f"{record['mean_loss']:.5f}",
+            number(record["sd"], ".5f"), f"{record['n']}", f"{record['target']:.6g}",
+            f"{record['statistic']:.5f}", "yes" if record["passes"] else "no",
+            look(record["optimizer"])[0], record["what"] or "-", record["date"],
+            f"[{record['name']}]({folder.as_posix()}/README.md)"]
 
 
 def prose_groups(root: Path) -> str:

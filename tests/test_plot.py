@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(runs: list[Run], tmp_
     more = write_log(tmp_path, "muon", 3, 3.2, lr_scale=2.0)
     assert [*group_runs([*runs, more])] == [
         "Muon, lr_scale None", "Aurora, lr_scale None", "Muon, lr_scale 2.0"]
+
+
+def test_runs_of_two_codes_are_never_averaged(runs: list[Run]) -> None:
+    """Upstream's curve of entry 23 averages 40 runs of two scripts (users.md, M3)."""
+    one, two, aurora = runs
+    two = replace(two, meta=two.meta | {"code_sha256": "0123456789"})
+    assert [*group_runs([one, two])] == ["Muon, code unknown", "Muon, code 0123456"]
+    public = [replace(run, path=Path(folder, "a.txt"), meta={})
+              for run, folder in ((one, "x/logs"), (two, "y/logs"))]
+    assert [*group_runs(public)] == ["x/logs", "y/logs"]
 
 
 def test_groups_of_one_optimizer_share_its_colour_and_not_the_line_style(

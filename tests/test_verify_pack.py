@@ -116,6 +116,7 @@ def test_runs_of_another_size_are_no_record_of_track_3(
     assert "target 5.52 instead of 3.28, batch_tokens 512 instead of 524288" in message
     assert not TRACK.exists() or not list(TRACK.glob("*_tiny"))
     message = refused(capsys, "pack", "logs", "--name", "../tiny", "--out", "record")
+    assert refused(capsys, "pack", "logs", "--name", "a", "--what", "a | b", "--out", "record")
     assert message.startswith("name '../tiny': expected --name with lower case letters")
 
 
@@ -317,6 +318,14 @@ def test_verify_sees_a_changed_digit_of_the_leaderboard(root: Path) -> None:
     (problem,) = verify_all(root)
     assert problem.startswith("records/README.md line 4: found '| track")
     assert verify_page(page, root) == [problem]
+
+
+def test_a_broken_record_json_is_a_sentence_for_the_leaderboard_too(root: Path) -> None:
+    path = root / "records/track/2026-01-02_tiny/record.json"
+    for text in ("{", "[]", '{"passes": true}'):
+        path.write_text(text)
+        problems = verify_all(root)
+        assert len(problems) == 2 and all("found no record (" in problem for problem in problems)
 
 
 def test_records_that_pass_stand_above_those_that_do_not(root: Path) -> None:
