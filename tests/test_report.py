@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = ("prose", "bench_optimizers", "bench_trainer")
 BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NAMES]
+RECORDS_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("leaderboard", "prose_groups")]
 DOCS_BLOCKS = [block.replace("prose", name) for name in ("polar", "parity") for block in BLOCKS[:1]]
 SCRIPT = 'print(f"step:{step}/{steps} val_loss:{loss}")\n'
 
@@ -47,6 +48,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/optimizers.md").write_text("".join(DOCS_BLOCKS), encoding="utf-8")
+    (tmp_path / "records/README.md").write_text("".join(RECORDS_BLOCKS), encoding="utf-8")
     return tmp_path
 
 
@@ -84,6 +86,23 @@ def test_one_row_per_log_in_a_fixed_order(root: Path) -> None:
                            "[log](records/prose/b.txt)"]
     assert rows[3][5:8] == ["-", "3.71296 (375), crashed", "3.42 not reached"]
     assert len({len(row) for row in rows}) == 1
+
+
+def test_prose_runs_that_differ_in_their_seeds_only_are_one_row(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, optimizer, seed in (("a", "muon", 1), ("b", "aurora", 1), ("c", "aurora", 2)):
+        write_log(root, f"{name}.txt", optimizer, seed)
+    write_log(root, "d.txt", "aurora", 3, end=False)
+    main([], root)
+    assert table(root, "leaderboard", "records/README.md")[0].startswith("no record yet: run")
+    lines = table(root, "prose_groups", "records/README.md")
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:5] for row in rows[2:]] == [
+        ["Aurora", "2", "1, 2", "3.36915", "0.00707"], ["Muon", "1", "1", "3.39415", "-"]]
+    write_log(root, "e.txt", "aurora", 2)
+    message = failure([], root, capsys)
+    assert message.startswith("records/prose: Aurora has seeds [1, 2, 2], expected each once")
 
 
 def test_the_picture_is_small_and_the_same_every_time(root: Path) -> None:
