@@ -13,7 +13,7 @@ OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colou
     "normuon": ("NorMuon", "#009E73"), "unormuon": ("U-NorMuon", "#CC79A7"),
 }
 STYLES = ("-", "--", ":", "-.")  # of the first, second ... group of one colour
-FREE = ("seed", "trials", "log", "data", "wandb", "device", "diagnostics")  # change no loss
+FREE = ("seed", "trials", "log", "data", "wandb", "device", "diagnostics", "checkpoint", "eval")
 Groups = dict[str, list[Run]]
 
 

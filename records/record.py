@@ -37,6 +37,9 @@ def problems_of(runs: list[Run]) -> list[str]:
         if run.status != "complete" or run.final.step != run.total_steps:
             found.append(f"{run.path}: the run is {run.status} at step {run.final.step} of "
                          f"{run.total_steps}, expected complete")
+        if "resumed" in run.extra:
+            found.append(f"{run.path}: the run went on from a checkpoint, expected the log of a "
+                         "whole run")
         if not all(isfinite(point.val_loss) for point in run.points):
             found.append(f"{run.path}: found a loss that is not finite")
         if sha256(run.script) != run.meta["code_sha256"]:

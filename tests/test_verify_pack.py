@@ -198,6 +198,8 @@ SPOIL = {
         logs / "a.seed2.txt", '"lr": 0.025', '"lr": 0.026'),
     "code_sha256 is not the hash": lambda logs: replace(
         logs / "a.seed2.txt", "import math\n", "import math  # really\n"),
+    "went on from a checkpoint": lambda logs: replace(
+        logs / "a.seed2.txt", '\noptim: {', '\nresumed: {"step": 2, "checkpoint": "x"}\noptim: {'),
     "found no *.txt": lambda logs: [path.unlink() for path in logs.iterdir()],
     "expected one of train_gpt.py": lambda logs: replace(
         logs / "a.seed1.txt", '"code_sha256"', '"hash"'),
