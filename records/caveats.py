@@ -3,11 +3,9 @@
 from collections import Counter
 
 from records.groups import Group
-from records.run import Run
+from records.run import FREE, Run
 from records.show import hardware
 from records.stats import TARGET, extended_until_passed
-
-PER_RUN = {"seed", "trials", "log", "data", "wandb", "device"}  # of a config: where, not what
 
 
 def check_repeats(groups: list[Group]) -> None:
@@ -73,7 +71,7 @@ def differences(groups: list[Group]) -> list[str]:
 
 def _stated(each: Run) -> dict[str, str]:
     config = each.meta.get("config", {})
-    stated = {key: f"{value}" for key, value in config.items() if key not in PER_RUN}
+    stated = {key: f"{value}" for key, value in config.items() if key not in FREE}
     stated |= {"planned steps": f"{each.total_steps}"} if "steps" not in config else {}
     stated |= {key: f"{each.meta[key]}" for key in ("torch",) if key in each.meta}
     stated |= {"code": each.meta["code_sha256"][:7]} if "code_sha256" in each.meta else {}

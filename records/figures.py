@@ -5,7 +5,7 @@ import json
 from statistics import fmean, stdev
 from typing import Any
 
-from records.log import Run
+from records.run import FREE, Run
 
 OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colour-blind-safe set)
     "aurora": ("Aurora", "#D55E00"), "riemannian": ("Riemannian Aurora", "#E69F00"),
@@ -13,7 +13,6 @@ OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colou
     "normuon": ("NorMuon", "#009E73"), "unormuon": ("U-NorMuon", "#CC79A7"),
 }
 STYLES = ("-", "--", ":", "-.")  # of the first, second ... group of one colour
-FREE = ("seed", "trials", "log", "data", "wandb", "device", "diagnostics", "checkpoint", "eval")
 Groups = dict[str, list[Run]]
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from records.bundle import script_of
 from records.caveats import warnings
 from records.compare import pair_table
-from records.figures import FREE, gpus, look
+from records.figures import gpus, look
 from records.groups import Group, group, target_of
-from records.run import Run
+from records.run import FREE, Run
 from records.stats import PRECISION, precision, summary
 from records.table import markdown, number
 
