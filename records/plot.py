@@ -46,6 +46,7 @@ def draw_crossings(groups: Groups, target: float) -> Any | None:
     axes.set(xlabel=f"steps to {target:.6g} (bar: mean)", ylim=(-0.6, len(groups) - 0.4))
     axes.set_yticks(range(len(groups)), [f"{label}\n{len(steps[label])} of {len(groups[label])}"
                                          for label in groups])
+    axes.locator_params(axis="x", nbins=5)
     return figure if any(steps.values()) else None
 
 
@@ -100,6 +101,7 @@ def draw_diagnostics(groups: Groups) -> Any | None:
                     extra = {"linestyle": line, "label": f"{label}, {kind}"}
                     mean_line(axes, curves, style | extra)
         axes.set(xlabel="step", ylabel=title)
+        axes.set_ylim(bottom=0)
     legend(figure, panels[0])
     return figure if seen else None
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from records.bundle import script_of
 from records.caveats import warnings
-from records.compare import pair_table
+from records.compare import interval, pair_table
 from records.figures import gpus, look
 from records.groups import Group, group, target_of
 from records.run import FREE, Run
 from records.stats import PRECISION, precision, summary
-from records.table import markdown, number
+from records.table import markdown, number, p_value
 
 RECORDS = Path(__file__).resolve().parent
 FACTS = ("name", "date", "what", "baseline")  # given by people; all else is computed
@@ -114,12 +114,11 @@ def _readme(logs: dict[str, Run], record: dict, losses: list[float]) -> str:
     runs = f"{total.n} run{'s' if total.n > 1 else ''}"
     figures = [("runs", f"{total.n}"), ("step", f"{step} of {run.total_steps}"),
                ("mean loss", f"{total.mean:.5f}"), ("sd", number(total.sd, ".5f")),
-               ("95% interval of the mean (t)",
-                f"{number(total.low, '.5f')} to {number(total.high, '.5f')}"),
+               ("95% t interval of the mean", interval(total, ".5f")),
                (f"({target:.6g} - mean) * sqrt(n)", f"{rule.statistic:.5f}"),
                (f"rule of track 3: {PRECISION} or more", verdict),
-               ("p (z, assumed sigma 0.0013)", f"{rule.p:.2g}"),
-               ("p (Student's t)", number(rule.p_t, ".2g"))]
+               ("p (z, assumed sigma 0.0013)", p_value(rule.p)),
+               ("p (Student's t)", p_value(rule.p_t))]
     rows = [[str(one.seed), f"{one.loss_at(step):.5f}", f"{one.final.val_loss:.5f}",
              _crossing(one, target), f"{one.final.train_time_s:.3f}",
              f"{one.final.step_avg_ms:.2f}", gpus(one.meta), f"[log]({name})"]
@@ -128,7 +127,7 @@ def _readme(logs: dict[str, Run], record: dict, losses: list[float]) -> str:
     header = ["seed", f"loss at {step}", f"final ({run.total_steps})", "steps to target "
               "(interpolated)", "train time (s)", "ms per step", "GPUs", "log"]
     return "\n".join([
-        f"# {record['name']}", "", record["what"], "",
+        f"# {record['name']}", "", *([record["what"], ""] if record["what"] else []),
         f"{look(record['optimizer'])[0]}, {record['date']}: mean validation loss "
         f"{total.mean:.5f} at step {step}, {runs}; this {verdict} the precision rule "
         f"of track 3 for a target of {target:.6g}.", "",
