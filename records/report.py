@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^(<!-- table:(\w+) -->\n).*?^(<!-- /table:\2 -->)$", re.DOTALL | re.MULTILINE)
 ORIGIN = (("torch", "torch", ""), ("commit", "commit", ".7"))
 BENCHES = {  # what tells measurements apart, then a column per (title, key, format)
-    "optimizers": (("device",), (
+    "optimizers": (("device", "command"), (
         ("ms per step", "ms", ".2f"), ("rms of sigma - 1", "rms_sigma", ".2g"),
         ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"), *ORIGIN)),
     "trainer": (("device", "gpus", "preset", "optimizer"), (
