@@ -408,6 +408,9 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
             group[key] = value
     for group in adamw + matrix:
         group["initial_lr"] = group["lr"] = group["lr"] * config.lr_scale
+    for group in adamw:  # refuses foolish values, as the matrix optimizer does when it deals
+        chosen = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        torch.optim.AdamW([torch.zeros(1)], **chosen)
 
 
 def read_back(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
@@ -595,8 +598,8 @@ MODEL = ("vocab_size", "layers", "width", "head_dim", "row_tokens", "dtype")  # 
 RUN = (*MODEL, "optimizer", "steps", "batch_tokens", "val_tokens", "lr_scale", "set", "cooldown")
 
 
-def read_checkpoint(path: Path, config: Config, same: tuple[str, ...]) -> dict:
-    """What Trainer.save wrote, by a run with a config that is the same in these fields."""
+def read_checkpoint(path: Path, config: Config, same: tuple[str, ...], **given: object) -> dict:
+    """What Trainer.save wrote, if these fields of the config, and what is given, are the same."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}: write one with --checkpoint")
     try:
@@ -604,9 +607,9 @@ def read_checkpoint(path: Path, config: Config, same: tuple[str, ...]) -> dict:
         then, now = saved["config"], asdict(config)
     except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError):
         raise ValueError(f"{path} is no whole checkpoint of this trainer: name another") from None
-    for name in same:
-        if then[name] != now[name]:
-            found, expected = then[name], now[name]
+    pairs = [(name, then[name], now[name]) for name in same]
+    for name, found, expected in pairs + [(key, saved.get(key), given[key]) for key in given]:
+        if found != expected:
             raise ValueError(f"{path} was made with {name} {found}, now it is {expected}")
     return saved
 
@@ -750,7 +753,8 @@ class Trainer:
 
     def save(self, path: Path, **facts: object) -> None:
         """What a run of any number of ranks needs to go on; the file appears only when whole."""
-        saved = dict(config=asdict(self.config), model=self.model.state_dict(), **facts)
+        weights = {name: p.clone() for name, p in self.model.state_dict().items()}  # of views
+        saved = dict(config=asdict(self.config), model=weights, **facts)
         saved |= dict(adamw=self.adamw.state_dict(), matrix=self.matrix.state_dict())
         if self.world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -789,7 +793,8 @@ class Trainer:
                 if diagnostics and step:
                     self.diagnose(diagnostics, log, step)
                 if config.checkpoint:
-                    facts = dict(seed=seed, step=step, points=points)
+                    shards = {name: len(tokens) for name, tokens in self.shards.items()}
+                    facts = dict(seed=seed, step=step, points=points, shards=shards)
                     self.save(of_trial(config.checkpoint, config, seed), **facts)
                 world.synchronize()
                 since = time.perf_counter()
@@ -854,7 +859,11 @@ def main(argv: list[str]) -> int:
         world = World(rank, size, choose_device(config.device))
         seeds = range(config.seed, config.seed + config.trials)
         paths = {s: of_trial(config.checkpoint, config, s) for s in seeds if config.checkpoint}
-        saved = {s: read_checkpoint(p, config, RUN) for s, p in paths.items() if p.is_file()}
+        tokens = {name: len(shard) for name, shard in shards.items()}
+        saved = {
+            seed: read_checkpoint(path, config, RUN, seed=seed, shards=tokens)
+            for seed, path in paths.items() if path.is_file()
+        }  # fmt: skip
         weights = read_checkpoint(Path(config.eval), config, MODEL) if config.eval else None
         trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()
