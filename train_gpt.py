@@ -128,6 +128,8 @@ def check_config(config: Config, world_size: int) -> None:
         path = log_path(config, seed)
         if path.exists() or any(parent.is_file() for parent in path.parents):
             raise ValueError(f"{path} exists already or lies below a file: choose another --log")
+        if config.checkpoint and of_trial(config.checkpoint, config, seed).is_dir():
+            raise ValueError(f"{config.checkpoint} is no file: choose another --checkpoint")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: run pip install wandb")
 

@@ -7,11 +7,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
-    "train_gpt.py": 880,
+    "train_gpt.py": 892,
     "optimizers/__init__.py": 25,
     "optimizers/polar.py": 95,
-    "optimizers/slot.py": 350,
-    "optimizers/diagnostics.py": 150,
+    "optimizers/slot.py": 370,
+    "optimizers/diagnostics.py": 155,
     "records/log.py": 140,
     "records/run.py": 120,
     "records/upstream.py": 150,
