@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from records.log import Run, read_runs
+from records.run import FREE
 
 TITLE = re.compile(r"^# ={20} (\S+) ={20}\n", re.MULTILINE)
 START = re.compile(r"^    sys\.exit\(main\((\[.*\] \+ )?sys\.argv\[1:\]\)\)\n\Z", re.MULTILINE)
-OWN = ("--seed", "--trials", "--log", "--log-file", "--data")  # what each machine chooses itself
 
 
 def files_of(script: str) -> dict[str, str]:
@@ -36,14 +36,16 @@ def files_of(script: str) -> dict[str, str]:
 def script_of(run: Run) -> str:
     """The one file that repeats a run: its arguments are constants in it, others may follow.
 
-    Seeds, log and data folder are left to the command line.
+    Where a run is made and what it writes (records.run.FREE) is left to the command line.
     """
     if not START.search(run.script) or "argv" not in run.meta:
         raise ValueError(f"{run.path}: found a script that does not end as train_gpt.py does or a "
                          "log without its arguments, expected a log of train_gpt.py")
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for flag in OWN:
-        parser.add_argument(flag)
+    for name in sorted(FREE):
+        switch = isinstance(run.meta.get("config", {}).get(name), bool)
+        parser.add_argument(f"--{name}", *["--log-file"] * (name == "log"), action=(
+            argparse.BooleanOptionalAction if switch else "store"))
     _, constants = parser.parse_known_args(run.meta["argv"])
     start = f"{constants!r} + sys.argv[1:]" if constants else "sys.argv[1:]"
     return START.sub(lambda _: f"    sys.exit(main({start}))\n", run.script)

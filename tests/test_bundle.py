@@ -74,18 +74,39 @@ def test_the_script_of_a_run_repeats_it_without_its_arguments(tiny: Tiny, corpus
     run = parse_log("a.seed6.txt")
     script = script_of(run)
     assert script == script_of(parse_log("a.seed5.txt")), "seeds do not change it"
-    constants = [*argv[:2], *argv[4:6], *argv[7:11]]
+    constants = [*argv[:2], *argv[7:11]]
     changed = set(script.splitlines()) - set(run.script.splitlines())
     assert changed == {f"    sys.exit(main({constants} + sys.argv[1:]))"}
     assert "--set" in constants and "--seed" not in constants and str(corpus) not in constants
     preset = script.replace("PRESETS = {\n", f"PRESETS = {{'tiny': {TINY},\n")  # not of the trainer
     Path("submission.py").write_text(preset)
-    own = ["--data", str(corpus), "--seed", "6", "--log", "b.txt"]
+    own = ["--data", str(corpus), "--device", "cpu", "--seed", "6", "--log", "b.txt"]
     status, _, error = in_fresh_python("submission.py", *own, cwd=Path().resolve())
     assert (status, error) == (0, "")
     again = parse_log("b.txt")
     assert [point.val_loss for point in again.points] == [p.val_loss for p in run.points]
     assert script_of(again) == preset, "of a run of the submission it is the same again"
+
+
+def test_a_submission_holds_nothing_of_its_authors_machine(tiny: Tiny, corpus: Path) -> None:
+    """It had --checkpoint /home/me/run.pt, --device and --wandb: those of the author, not ours."""
+    folder = Path().resolve()
+    mine = ["--checkpoint", str(folder / "c.pt"), "--diagnostics", "--no-wandb", "--trials=1"]
+    argv = tiny("--optimizer", "aurora", *mine, f"--log-file={folder / 'a.txt'}", "--seed=1")
+    assert train_gpt.main(argv) == 0
+    script = script_of(parse_log("a.txt"))
+    (start,) = [line for line in script.splitlines() if "+ sys.argv[1:]" in line and "main" in line]
+    assert start == ("    sys.exit(main(['--preset', 'tiny', '--optimizer', 'aurora'] "
+                     "+ sys.argv[1:]))")
+    assert str(folder) not in script and str(corpus) not in script
+    Path("new").mkdir()
+    preset = script.replace("PRESETS = {\n", f"PRESETS = {{'tiny': {TINY},\n")
+    Path("new/submission.py").write_text(preset)
+    own = ["--data", str(corpus), "--device", "cpu", "--seed", "2", "--log", "b.txt"]
+    status, _, error = in_fresh_python("submission.py", *own, cwd=folder / "new")
+    assert (status, error) == (0, "")
+    assert parse_log("new/b.txt").seed == 2
+    assert sorted(path.name for path in Path("new").iterdir()) == ["b.txt", "submission.py"]
 
 
 def test_a_script_with_another_end_is_no_submission(tiny: Tiny) -> None:
