@@ -8,10 +8,12 @@ matplotlib).
 
 import argparse
 from collections.abc import Callable
+from math import isfinite, isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from records.caveats import check_repeats
 from records.figures import Groups, group_runs, legend, looks, mean_line, new_figure, rendered
 from records.groups import Group, group, target_of
 from records.history import draw_entries, draw_history
@@ -35,17 +37,20 @@ def draw_loss(groups: Groups, target: float | None, time: bool = False) -> Any:
 
 
 def draw_crossings(groups: Groups, target: float) -> Any | None:
-    """One dot per run: the step at which its loss crossed the target; None where none did."""
+    """One dot per run: the step at which its loss crossed the target; None where none is known."""
     figure, (axes,) = new_figure(1)
-    steps = {label: [crossing.exact_step for run in runs if (crossing := run.crossing(target))]
+    found = {label: [crossing.exact_step for run in runs if (crossing := run.crossing(target))]
              for label, runs in groups.items()}
+    steps = {label: [step for step in some if not isnan(step)] for label, some in found.items()}
     for row, (label, style) in enumerate(looks(groups).items()):
         axes.plot(steps[label], [row] * len(steps[label]), "o", color=style["color"], alpha=0.6)
         if steps[label]:
             axes.plot(fmean(steps[label]), row, "|", ms=22, mew=2, color=style["color"])
     axes.set(xlabel=f"steps to {target:.6g} (bar: mean)", ylim=(-0.6, len(groups) - 0.4))
-    axes.set_yticks(range(len(groups)), [f"{label}\n{len(steps[label])} of {len(groups[label])}"
-                                         for label in groups])
+    axes.set_yticks(range(len(groups)), [
+        f"{label}\n{len(steps[label])} of {len(runs)}" + (
+            f", {lost} not bracketed" if (lost := len(found[label]) - len(steps[label])) else "")
+        for label, runs in groups.items()])
     axes.locator_params(axis="x", nbins=5)
     return figure if any(steps.values()) else None
 
@@ -117,6 +122,10 @@ def read_groups(names: list[str]) -> list[Group]:
     groups = [Group(label, some) for label, some in group_runs(complete).items()] + entries
     for one in groups:
         one.last_step()  # ValueError where they share none: there is no mean
+        for run in one.runs:
+            if wrong := [point for point in run.points if not isfinite(point.val_loss)]:
+                raise ValueError(f"{run.path}: found loss {wrong[0].val_loss} at step "
+                                 f"{wrong[0].step}, expected numbers; leave that run out")
     return groups
 
 
@@ -143,8 +152,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     found = read_groups([name for name in args.paths if name != "track_3"])
+    target = target_of(found, args.target)
+    check_repeats(found)
     groups = {one.name: one.runs for one in found}
-    drawn = pictures(groups, target_of(found, args.target)) if found else {}
+    drawn = pictures(groups, target) if found else {}
     drawn |= history() if "track_3" in args.paths else {}
     files = {args.out / f"{name}.{kind}": rendered(figure, kind)
              for name, figure in drawn.items() for kind in ("png", "svg")}
@@ -152,3 +163,5 @@ def run(args: argparse.Namespace) -> None:
     for path, data in files.items():
         path.write_bytes(data)
     print("\n".join(map(str, files)))
+    if groups and "steps_to_target" not in drawn:
+        print("no picture of steps to a target: no run crosses one between two validations")

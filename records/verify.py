@@ -1,14 +1,16 @@
-"""Compute records and pages again and compare: `python -m records verify [RECORD or PAGE ...]`.
+"""Compute records and pages again and compare: `python -m records verify [PATH ...]`.
 
-A record is a folder with record.json, a page a Markdown file. Without arguments: all records, all
-pages of README.md, docs/ and records/, the tables of records.report, and the code hashes of the
-committed logs. Prints one sentence per problem and exits with 2 where there is any.
+A record is a folder with record.json, a page a Markdown file (.md), a log .txt or .log. Without
+arguments: all records, all pages of README.md, docs/ and records/, the tables of records.report,
+and the code hashes of the committed logs. Prints one sentence per problem and exits with 2 where
+there is any.
 """
 
 import argparse
 import json
 import re
 from itertools import zip_longest
+from math import isfinite
 from pathlib import Path
 
 from records import report
@@ -22,7 +24,10 @@ CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 
 def dead_links(page: Path) -> list[str]:
     """One sentence for each relative link of a Markdown file that leads to nothing."""
-    text = CODE.sub("", page.read_text(encoding="utf-8"))
+    try:
+        text = CODE.sub("", page.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        return [f"{page}: found bytes that are no UTF-8, expected a page of text"]
     links = [link.partition("#")[0] for link in LINK.findall(text)
              if not re.match(r"[a-z]+:|#", link)]
     return [f"{page}: the link {link} leads to nothing" for link in dict.fromkeys(links)
@@ -42,14 +47,32 @@ def verify_page(page: Path, root: Path) -> list[str]:
     return problems
 
 
-def verify_log(path: Path) -> list[str]:
-    """That it is a whole log and that its code hash is the hash of its script."""
+def verify_log(path: Path, complete: bool = True) -> list[str]:
+    """That its code hash is the hash of its script and, if asked, that the run went to its end."""
     try:
         run = parse_log(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return [str(error)]
-    good = run.meta.get("code_sha256") == sha256(run.script)
-    return [] if good else [f"{path}: code_sha256 is not the hash of the script above it"]
+    found = [] if run.meta.get("code_sha256") == sha256(run.script) else [
+        f"{path}: code_sha256 is not the hash of the script above it"]
+    if complete and run.status != "complete":
+        found.append(f"{path}: the run is {run.status} at step {run.final.step} of "
+                     f"{run.total_steps}, expected complete")
+    if complete and not all(isfinite(point.val_loss) for point in run.points):
+        found.append(f"{path}: found a loss that is not finite")
+    return found
+
+
+def verify_path(path: Path, root: Path) -> list[str]:
+    """A record, a page or a log, each in its own way."""
+    if path.is_dir():
+        return verify_record(path)
+    if path.is_file() and path.suffix in (".txt", ".log"):
+        return verify_log(path)
+    if path.is_file() and path.suffix != ".md":
+        return [f"{path}: found a file of another kind, expected a record's folder, a page (.md) "
+                "or a log (.txt, .log)"]
+    return verify_page(path, root)
 
 
 def verify_record(folder: Path) -> list[str]:
@@ -97,17 +120,17 @@ def verify_all(root: Path) -> list[str]:
     logs = sorted([*root.glob("records/prose/*.txt"), *root.glob("records/demo/*.txt")])
     return [problem for some in (
         *map(verify_record, records), *(verify_page(page, root) for page in pages),
-        *map(verify_log, logs)) for problem in some]
+        *(verify_log(path, complete=False) for path in logs)) for problem in some]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", type=Path, help="record folders and Markdown files")
+    parser.add_argument("paths", nargs="*", type=Path, help="folders of records, pages, logs")
 
 
 def run(args: argparse.Namespace) -> None:
     problems = [] if args.paths else verify_all(report.ROOT)
     for path in args.paths:
-        problems += verify_record(path) if path.is_dir() else verify_page(path, report.ROOT)
+        problems += verify_path(path, report.ROOT)
     if problems:
         raise ValueError("\n".join(problems))
     print(f"verified: {', '.join(map(str, args.paths)) or 'all records and pages'}")

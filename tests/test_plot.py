@@ -92,6 +92,31 @@ def test_each_run_is_a_dot_where_it_crosses_the_target(runs: list[Run]) -> None:
     assert draw_crossings(group_runs(runs), 1.0) is None
 
 
+def test_a_crossing_that_is_not_bracketed_is_no_dot(
+    runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """track_3#43 has one validation a run, below the target: its picture was empty."""
+    late = replace(runs[0], points=runs[0].points[-1:])
+    (axes,) = draw_crossings({"x": [late, runs[0]]}, 3.28).axes
+    assert list(axes.lines[0].get_xdata()) == pytest.approx([392])
+    assert list(axes.lines[1].get_xdata()) == pytest.approx([392]), "the mean, of numbers only"
+    assert axes.get_yticklabels()[0].get_text() == "x\n1 of 2, 1 not bracketed"
+    assert draw_crossings({"x": [late]}, 3.28) is None
+    main(["plot", "track_3#43", "--out", str(tmp_path / "out")])
+    assert "no picture of steps to a target" in capsys.readouterr().out
+    assert not (tmp_path / "out/steps_to_target.png").exists()
+
+
+def test_a_run_given_twice_is_refused(
+    runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plot records/prose records/prose` drew a mean of 2 with a band of width 0."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["plot", str(runs[0].path), str(tmp_path), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err.startswith("found the same run twice")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_histogram_counts_the_intervals_between_validations(runs: list[Run]) -> None:
     (axes,) = draw_times(group_runs(runs)).axes
     assert axes.get_ylim()[1] >= 8, "two runs of four intervals of 500 ms a step each"
@@ -163,7 +188,14 @@ def test_published_entries_stand_beside_own_runs(runs: list[Run], tmp_path: Path
     assert (tmp_path / "out/history.png").exists()
 
 
+def with_nan(path: Path) -> str:
+    path.write_text(path.read_text().replace("val_loss:5.20000", "val_loss:nan"))
+    return str(path.parent)
+
+
 BAD = {
+    "found loss nan at step 200, expected numbers": lambda folder: [with_nan(
+        folder / "logs/muon_1.txt")],
     "found no *.txt or *.log": lambda folder: ["empty"],
     "mixed targets: 3.28": lambda folder: ["logs", str(
         write_log(folder / "empty", "muon", 9, 3.2, target=3.4).path)],

@@ -288,6 +288,39 @@ def test_a_link_that_leads_to_nothing_is_found(tmp_path: Path) -> None:
         f"{page}: the link gone.md leads to nothing", f"{page}: the link gone.png leads to nothing"]
 
 
+BAD_LOGS = {
+    "code_sha256 is not the hash": lambda log: replace(log, "import math\n", "import math \n"),
+    "the run is crashed at step 4 of 4": lambda log: replace(log, '\nend: {"', "\nX"),
+    "a loss that is not finite": lambda log: replace(log, step_of(log).split()[1], "val_loss:nan"),
+    "2 of them": lambda log: log.write_text("hello\n"),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD_LOGS)
+def test_verify_reads_a_log_as_a_log(
+    sentence: str, logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said "verified" of any text file: as a page without dead links."""
+    log = logs / "a.seed2.txt"
+    main(["verify", str(log)])
+    assert capsys.readouterr().out == f"verified: {log}\n"
+    BAD_LOGS[sentence](log)
+    assert sentence in refused(capsys, "verify", str(log))
+
+
+def test_verify_of_other_files_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PNG was "'utf-8' codec can't decode byte 0x89"."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.md", "a.txt"):
+        Path(name).write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert "a.png: found a file of another kind" in refused(capsys, "verify", "a.png")
+    assert "a.md: found bytes that are no UTF-8" in refused(capsys, "verify", "a.md")
+    assert "a.txt line 3: found the end" in refused(capsys, "verify", "a.txt")
+    assert "found no such file" in refused(capsys, "verify", "gone.txt")
+
+
 # ---- leaderboard -----------------------------------------------------------------------------
 
 
