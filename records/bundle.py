@@ -66,11 +66,15 @@ def write_folder(folder: Path, files: dict[str, str | bytes]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("log", type=Path)
-    parser.add_argument("--out", type=Path, help="new folder, default LOG_source beside the log")
+    parser.add_argument("--out", type=Path, help="new folder, default LOG_source here")
 
 
 def run(args: argparse.Namespace) -> None:
-    out = args.out or args.log.with_name(f"{args.log.stem}_source")
+    if args.log.is_dir():
+        raise ValueError(f"{args.log} is a folder, expected one log; name one of those in it")
+    out = args.out or Path(f"{args.log.stem}_source")
+    if any((parent / "record.json").is_file() for parent in out.resolve().parents):
+        raise ValueError(f"{out} is inside a record, whose files are its own: name another --out")
     files = files_of(read_runs([args.log])[0].script)
     write_folder(out, files)
     print(f"{len(files)} files in {out}: {', '.join(files)}")

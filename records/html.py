@@ -16,7 +16,7 @@ from records.caveats import check_repeats, warnings
 from records.compare import loss_table, pair_table, target_table
 from records.figures import rendered
 from records.groups import Group, group, target_of
-from records.plot import history, pictures, read_groups
+from records.plot import check_folder, history, pictures, read_groups
 from records.show import run_table
 
 STYLE = """
@@ -70,6 +70,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    check_folder(args.out.absolute().parent)
+    if args.out.is_dir():
+        raise ValueError(f"--out: {args.out} is a folder, expected the name of an HTML file; "
+                         f"write {args.out / 'report.html'}")
     names = [name for name in args.paths if name != "track_3"]
     groups, parts, drawn = read_groups(names), [], {}
     if groups:

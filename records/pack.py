@@ -43,12 +43,22 @@ def pack(runs: list[Run], folder: Path, facts: dict) -> None:
 
 def update(folder: Path) -> None:
     """Write README.md, record.json and submission.py from the logs and facts of the record."""
-    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    logs = {name: parse_log(folder / name) for name in record["logs"]}
+    path = folder / "record.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        facts = {key: str(record.get(key, "")) for key in FACTS}
+        if not (names := [str(name) for name in record["logs"]]):
+            raise ValueError("no log")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: found no record ({error!r}), expected what pack wrote; restore "
+                         "it or pack its logs again") from error
+    if missing := [name for name in ("curves.png", *names) if not (folder / name).is_file()]:
+        raise ValueError(f"{folder / missing[0]}: missing, expected all files of the record; "
+                         "restore it")
+    logs = {name: parse_log(folder / name) for name in names}
     if problems := problems_of(list(logs.values())):
         raise ValueError(problems[0])
     hashes = {name: sha256((folder / name).read_bytes()) for name in ("curves.png", *logs)}
-    facts = {key: record.get(key, "") for key in FACTS}
     for name, text in contents(logs, facts, hashes).items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
@@ -84,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.out or TRACK / f"{today}_{args.name}"
     pack(runs, folder, {"name": args.name, "date": today, "what": args.what,
                         "baseline": _baseline(args.baseline)})
-    print(f"{len(runs)} logs in {folder}")
+    print(f"{len(runs)} log{'s' if len(runs) > 1 else ''} in {folder}")
 
 
 def _baseline(name: str) -> str:

@@ -139,6 +139,13 @@ def pictures(groups: Groups, target: float | None) -> dict[str, Any]:
     return {name: figure for name, figure in drawn.items() if figure}
 
 
+def check_folder(folder: Path) -> None:
+    """ValueError where a file stands in the way of the folder."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out: {there} is a file, expected a folder; name another")
+
+
 def history() -> dict[str, Any]:
     """Name to figure, of the published entries of track 3."""
     return {"history": draw_history(), "published_curves": draw_entries()}
@@ -151,6 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_folder(args.out)
     found = read_groups([name for name in args.paths if name != "track_3"])
     target = target_of(found, args.target)
     check_repeats(found)

@@ -43,6 +43,23 @@ def test_the_folder_is_named_after_the_log_unless_it_is_given(
     assert not list(Path().glob(".new-*"))
 
 
+def test_extract_writes_no_folder_into_a_record_and_takes_one_log(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The source of a record's log went into its logs/, after which verify refused the record."""
+    assert train_gpt.main(tiny("--steps", "1", "--log", "record/logs/seed_01.txt")) == 0
+    Path("record/record.json").write_text('{"logs": {"logs/seed_01.txt": {}}}')
+    capsys.readouterr()
+    for argv, sentence in ((["record/logs/seed_01.txt", "--out", "record/x"], "inside a record"),
+                           (["record"], "record is a folder, expected one log")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["extract", *argv])
+        assert sentence in capsys.readouterr().err
+    main(["extract", "record/logs/seed_01.txt"])
+    assert Path("seed_01_source/train_gpt.py").is_file()
+    assert [path.name for path in Path("record/logs").iterdir()] == ["seed_01.txt"]
+
+
 def test_a_script_without_sections_is_one_file() -> None:
     assert files_of("print(1)\n") == {"script.py": "print(1)\n"}
 

@@ -245,6 +245,17 @@ def test_files_that_cannot_be_read_are_one_sentence(
     assert "there is no checkpoint" in fails(capsys, tmp_path / "missing.pt", "--data", data)
 
 
+@pytest.mark.parametrize("out", ["", "val.jsonl/x"])
+def test_an_out_that_cannot_be_written_is_refused_before_the_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture, out: str
+) -> None:
+    """A folder was a traceback after the whole evaluation, and the result was lost."""
+    write_checkpoint(checkpoint := tmp_path / "run.pt")
+    data = write_jsonl(tmp_path / "val.jsonl", made_examples(1))
+    assert "cannot append to --out" in fails(
+        capsys, checkpoint, "--data", data, "--out", tmp_path / out)
+
+
 def test_a_model_of_nans_has_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_checkpoint(checkpoint := tmp_path / "run.pt", spread=float("inf"))
     data = write_jsonl(tmp_path / "val.jsonl", made_examples(2))

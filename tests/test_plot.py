@@ -193,6 +193,26 @@ def with_nan(path: Path) -> str:
     return str(path.parent)
 
 
+@pytest.mark.parametrize("argv, sentence", [
+    (["plot", "--out", "file"], "file is a file, expected a folder"),
+    (["plot", "--out", "file/x"], "file is a file, expected a folder"),
+    (["report", "--out", "file/x"], "file is a file, expected a folder"),
+    (["report", "--out", "logs"], "logs is a folder, expected the name of an HTML file"),
+])
+def test_an_out_of_the_wrong_kind_is_a_sentence(
+    argv: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was "[Errno 17] File exists", after all the drawing."""
+    monkeypatch.chdir(tmp_path)
+    Path("logs").mkdir()
+    Path("file").write_text("mine")
+    write_log(tmp_path / "logs", "muon", 1, 3.2)
+    with pytest.raises(SystemExit, match="2"):
+        main([*argv, "logs"])
+    assert sentence in capsys.readouterr().err and Path("file").read_text() == "mine"
+
+
 BAD = {
     "found loss nan at step 200, expected numbers": lambda folder: [with_nan(
         folder / "logs/muon_1.txt")],

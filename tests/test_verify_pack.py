@@ -180,7 +180,28 @@ def test_update_writes_the_pages_again_after_a_change_of_the_program(record: Pat
         (record / name).read_text() for name in ("README.md", "record.json", "submission.py")]
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"logs": 5}', '{"logs": {}}', "{", "{}", None,
+                                  '{"logs": {"gone.txt": {}}}'])
+def test_update_of_no_record_is_a_sentence(
+    text: str | None, record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each was a traceback, or an errno without advice."""
+    path = record / "record.json"
+    path.unlink() if text is None else path.write_text(text)
+    assert "restore it" in refused(capsys, "pack", "record", "--update")
+
+
+def test_pack_says_one_log_of_one(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    """It said "1 logs in record"."""
+    assert train_gpt.main(tiny(TARGET, "--log", "logs/a.txt")) == 0
+    capsys.readouterr()
+    main(["pack", "logs", "--name", "one", "--out", "record"])
+    assert capsys.readouterr().out == "1 log in record\n"
+
+
 SPOIL = {
+    "found seed 'x', expected an integer": lambda logs: replace(
+        logs / "a.seed2.txt", '"seed": 2, "config"', '"seed": "x", "config"'),
     "seed 1 occurs 2 times": lambda logs: shutil.copy(logs / "a.seed1.txt", logs / "b.txt"),
     "the run is crashed at step 4": lambda logs: replace(logs / "a.seed2.txt", '\nend: {"', "\nX"),
     "is ranks hold different parameters": lambda logs: replace(
@@ -353,6 +374,19 @@ def test_verify_sees_a_changed_digit_of_the_leaderboard(root: Path) -> None:
     (problem,) = verify_all(root)
     assert problem.startswith("records/README.md line 4: found '| track")
     assert verify_page(page, root) == [problem]
+
+
+def test_the_page_on_submitting_writes_the_leaderboard_before_it_verifies(root: Path) -> None:
+    """In its order verify refused every new record: the leaderboard lacked the row."""
+    words = ("records pack", "records.report", "records verify")
+    page = (ROOT / "docs/submit.md").read_text().partition("## 5.")[2]
+    places = [page.index(f"python -m {word}") for word in words]
+    assert places == sorted(places)
+    first = root / "records/track/2026-01-02_tiny"
+    shutil.copytree(first, first.with_name("2026-01-03_tiny"))
+    assert "run python -m records.report" in verify_all(root)[0]
+    report.main([], root)
+    assert verify_all(root) == []
 
 
 def test_a_broken_record_json_is_a_sentence_for_the_leaderboard_too(root: Path) -> None:

@@ -183,6 +183,9 @@ def evaluate(model: train_gpt.GPT, config: train_gpt.Config, examples: list[Exam
 
 def report(args: argparse.Namespace) -> None:
     """Prints the line, and appends it to --out with what it takes to know where it came from."""
+    parents = args.out.absolute().parents if args.out else []
+    if parents and (args.out.is_dir() or not next(p for p in parents if p.exists()).is_dir()):
+        raise ValueError(f"cannot append to --out {args.out}: name a file, in a folder")
     device = train_gpt.choose_device(args.device)
     model, config, saved = load_model(args.checkpoint, device)
     tokenizer, _ = tokenizer_of(config)

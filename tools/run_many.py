@@ -67,9 +67,9 @@ def start(log: Path, words: list[str], gpu: str) -> subprocess.Popen:
         return subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
-def train(runs: dict[Path, list[str]], gpus: list[str]) -> None:
-    """Those runs that are not complete. A mistake in flags or data (exit code 2) ends the queue."""
-    waiting, running = [log for log in runs if not complete(log)], {}
+def train(runs: dict[Path, list[str]], gpus: list[str]) -> bool:
+    """Incomplete runs. A mistake in flags or data (exit code 2) ends the queue, and is returned."""
+    waiting, running, refused = [log for log in runs if not complete(log)], {}, False
     try:
         while waiting or running:
             for gpu in [gpu for gpu in gpus if gpu not in running][: len(waiting)]:
@@ -78,7 +78,7 @@ def train(runs: dict[Path, list[str]], gpus: list[str]) -> None:
             time.sleep(0.1)
             for gpu, (log, process, since) in list(running.items()):
                 if (code := process.poll()) is not None:
-                    waiting = [] if code == 2 else waiting
+                    waiting, refused = ([], True) if code == 2 else (waiting, refused)
                     said = log.with_suffix(".console").read_text(errors="replace").splitlines()
                     print(f"{time.strftime('%X')} end {log.stem}, exit code {code},",
                           f"{time.monotonic() - since:.0f} s:", *said[-1:], flush=True)
@@ -87,6 +87,7 @@ def train(runs: dict[Path, list[str]], gpus: list[str]) -> None:
         for _, process, _ in running.values():
             process.terminate()  # which ends the trainer at once
             process.wait()
+    return refused
 
 
 def main(argv: list[str]) -> int:
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         with (args.out / ".lock").open("w") as lock:  # a second one would rename our logs
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            train(runs := plan(args, argv[cut + 1 :]), gpus or [""])
+            refused = train(runs := plan(args, argv[cut + 1 :]), gpus or [""])
     except (ValueError, OSError) as error:
         busy = isinstance(error, BlockingIOError)
         print("run_many.py:", f"{args.out} is in use" if busy else error, file=sys.stderr)
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
         return 130
     for log, run in (ended := {log: complete(log) for log in runs}).items():
         print(f"{log.stem:24}", f"{run.points[-1].val_loss:.5f}" if run else "failed")
-    return 0 if all(ended.values()) else 1
+    return 0 if all(ended.values()) else 2 if refused else 1
 
 
 if __name__ == "__main__":
