@@ -51,8 +51,11 @@ def group_runs(runs: list[Run]) -> Groups:
     return dict(zip(labels, groups, strict=True))
 
 
-def looks(groups: Groups) -> dict[str, dict[str, Any]]:
-    """Colour and line style of each group: the colour is its optimizer's."""
+def looks(groups: Groups, band: bool = True) -> dict[str, dict[str, Any]]:
+    """Colour, line style and label of each group: the colour is its optimizer's.
+
+    The label says what mean_line draws of several runs; without a band, their number.
+    """
     found: dict[str, dict[str, Any]] = {}
     rest = [colour for _, colour in OPTIMIZERS.values()]
     for label, runs in groups.items():
@@ -60,16 +63,18 @@ def looks(groups: Groups) -> dict[str, dict[str, Any]]:
         if colour == "black":
             colour = rest[len(found) % len(rest)]
         style = STYLES[sum(other["color"] == colour for other in found.values()) % len(STYLES)]
-        count = f" (mean of {len(runs)}, band: sd)" if len(runs) > 1 else ""
+        count = f" (mean of {len(runs)}, band: sd)" if band else f" ({len(runs)} runs)"
+        count = count if len(runs) > 1 else ""
         found[label] = {"color": colour, "linestyle": style, "label": label + count}
     return found
 
 
-def new_figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
-    """A figure and its panels, row by row."""
+def new_figure(title: str, columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure with a title, and its panels, row by row."""
     from matplotlib.figure import Figure  # here: the tables do not need matplotlib
 
     figure = Figure(figsize=(4.5 * columns, 4.4 * rows), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=12)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -77,10 +82,11 @@ def new_figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
 
 
 def legend(figure: Any, axes: Any) -> None:
-    """One for the whole figure, below it."""
+    """One for the whole figure, below it; in one column where two would be cut off."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, ncols=2, frameon=False, loc="outside lower center")
+        columns = 2 if figure.get_figwidth() > 6 else 1
+        figure.legend(handles, labels, ncols=columns, frameon=False, loc="outside lower center")
 
 
 def mean_line(axes: Any, curves: list[dict[float, tuple[float, float]]], style: dict) -> None:

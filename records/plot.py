@@ -22,7 +22,7 @@ from records.run import Run
 
 def draw_loss(groups: Groups, target: float | None, time: bool = False) -> Any:
     """Loss against steps or training time: without its fall from the start, and the last third."""
-    figure, panels = new_figure(2)
+    figure, panels = new_figure(f"Validation loss against {'time' if time else 'steps'}", 2)
     last = max(run.final.step for runs in groups.values() for run in runs)
     for axes, first in zip(panels, (0.1 * last, 2 / 3 * last), strict=True):
         for label, style in looks(groups).items():
@@ -38,11 +38,11 @@ def draw_loss(groups: Groups, target: float | None, time: bool = False) -> Any:
 
 def draw_crossings(groups: Groups, target: float) -> Any | None:
     """One dot per run: the step at which its loss crossed the target; None where none is known."""
-    figure, (axes,) = new_figure(1)
+    figure, (axes,) = new_figure(f"Steps to a loss of {target:.6g}", 1)
     found = {label: [crossing.exact_step for run in runs if (crossing := run.crossing(target))]
              for label, runs in groups.items()}
     steps = {label: [step for step in some if not isnan(step)] for label, some in found.items()}
-    for row, (label, style) in enumerate(looks(groups).items()):
+    for row, (label, style) in enumerate(looks(groups, band=False).items()):
         axes.plot(steps[label], [row] * len(steps[label]), "o", color=style["color"], alpha=0.6)
         if steps[label]:
             axes.plot(fmean(steps[label]), row, "|", ms=22, mew=2, color=style["color"])
@@ -63,10 +63,10 @@ def draw_times(groups: Groups) -> Any | None:
     every = [value for values in times.values() for value in values]
     if not every:
         return None
-    figure, (axes,) = new_figure(1)
+    figure, (axes,) = new_figure("Time of a step", 1)
     low, high = min(every), max(every)
     edges = [low + (high - low) * i / 40 for i in range(41)] if high > low else [low - 1, low + 1]
-    for label, style in looks(groups).items():
+    for label, style in looks(groups, band=False).items():
         axes.hist(times[label], bins=edges, histtype="step", linewidth=1.6, **style)
     axes.set(xlabel="ms per step, between two validations", ylabel="count")
     legend(figure, axes)
@@ -95,7 +95,7 @@ def _diagnosis(run: Run, kind: str, title: str) -> dict[float, tuple[float, floa
 
 def draw_diagnostics(groups: Groups) -> Any | None:
     """What --diagnostics logged, mean over layers against steps; None where nothing was."""
-    figure, panels = new_figure(2, 2)
+    figure, panels = new_figure("Neurons of the MLP, mean over the layers", 2, 2)
     seen = False
     for axes, title in zip(panels, [*DIAGNOSES, "share of neurons that never fire"], strict=True):
         for label, style in looks(groups).items():

@@ -10,12 +10,13 @@ import pytest
 
 import train_gpt
 from records.__main__ import main
-from records.figures import group_runs, looks
+from records.figures import group_runs, looks, rendered
 from records.history import draw_entries, draw_history
 from records.log import RULE, parse_log, read_runs
 from records.plot import draw_crossings, draw_diagnostics, draw_loss, draw_times, pictures
 from records.published import track_3
 from records.run import Run
+from records.stats import precision
 
 Tiny = Callable[..., list[str]]
 STEPS = (0, 100, 200, 300, 400)
@@ -168,10 +169,28 @@ def test_runs_that_did_not_complete_are_left_out_unless_all_did_not(
 
 def test_the_history_shows_every_published_entry() -> None:
     (axes,) = draw_history().axes
-    records, best, others = axes.lines
-    assert len(records.get_xdata()) + len(others.get_xdata()) == len(track_3()) == 46
+    *kinds, best = axes.lines
+    assert sum(len(kind.get_xdata()) for kind in kinds) == len(track_3()) == 46
+    assert axes.get_ylabel() == "claimed steps to 3.28"
+    (hollow,) = [kind for kind in kinds if kind.get_markerfacecolor() == "white"]
+    fail = [e.steps for e in track_3().values() if e.record and not precision(e.losses).passes]
+    assert list(hollow.get_ydata()) == fail and fail and "fail the rule" in hollow.get_label()
     assert list(best.get_ydata()) == sorted(best.get_ydata(), reverse=True)
     assert best.get_ydata()[-1] == min(entry.steps for entry in track_3().values())
+
+
+def test_legends_name_all_and_are_not_cut_off(runs: list[Run], tmp_path: Path) -> None:
+    """That of step_time.png was; it said "band: sd" of a histogram; 20 grey curves had no name."""
+    groups = {f"track_3#{n}": runs[:2] for n in (36, 40, 43, 46)}
+    for figure in (draw_times(groups), draw_loss(groups, 3.28), draw_entries()):
+        assert figure.get_suptitle()
+        rendered(figure, "png")
+        (box,) = [legend.get_window_extent() for legend in figure.legends]
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+    (labels,) = [legend.get_texts() for legend in draw_times(groups).legends]
+    assert [text.get_text() for text in labels][0] == "track_3#36 (2 runs)"
+    drawn = {entry.label for entry in track_3().values() if entry.record and entry.runs}
+    assert drawn <= {text.get_text() for text in draw_entries().legends[0].get_texts()}
 
 
 def test_the_curves_of_entries_are_means_of_their_runs() -> None:
