@@ -173,7 +173,8 @@ def _hyperparameters(run: Run) -> str:
 
 def _crossing(run: Run, target: float) -> str:
     crossing = run.crossing(target)
-    return "-" if crossing is None else f"{crossing.step} ({crossing.exact_step:.1f})"
+    return "-" if crossing is None else (
+        f"{crossing.step} ({number(crossing.exact_step, '.1f')})")
 
 
 def _commands(runs: list[Run]) -> list[str]:

@@ -15,7 +15,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from records.figures import gpus, group_runs, look, rendered
+from records.groups import Group
 from records.log import Run, parse_log
+from records.show import run_table
 from records.table import markdown, number
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,15 +53,16 @@ def prose_table(root: Path) -> str:
 def _prose_row(run: Run, root: Path) -> list[str]:
     meta, last, goal = run.meta, run.points[-1], run.meta["config"]["target"]
     final = f"{last.val_loss:.5f} ({last.step})"
-    steps = f"{goal:.6g} not reached" if goal else "-"
-    if run.target is not None:
-        crossing = number(run.target["crossing_step"], ".1f")
-        steps = f"{run.target['step']} ({crossing}) to {run.target['loss']:.6g}"
+    header, (row,) = run_table([Group(run.name, [run])], goal or None)  # as show prints them
+    # "step at 3.42 (interpolated)" stands behind, and replaces, "step"
+    shown = {title.partition(" at ")[0]: cell for title, cell in zip(header, row, strict=True)}
+    steps = "-" if not goal else f"{shown['step']} to {goal:.6g}"
+    if goal and run.crossing(goal) is None:
+        steps = f"{goal:.6g} not reached"
     return [look(meta["optimizer"])[0], gpus(meta), str(meta["seed"]),
             *(number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
             final if run.status == "complete" else f"{final}, {run.status}", steps,
-            f"{last.train_time_s:.3f}", number(last.step_avg_ms, ".2f"),
-            number(1000 * meta["config"]["batch_tokens"] / last.step_avg_ms, ",.0f"),
+            f"{last.train_time_s:.3f}", shown["ms per step"], shown["tokens/s"],
             f"[log]({run.path.relative_to(root).as_posix()})"]
 
 
@@ -139,7 +142,8 @@ def prose_groups(root: Path) -> str:
             raise ValueError(f"records/prose: {label} has seeds {sorted(seeds)}, expected each "
                              "once; keep one log of each")
         crossings = [run.crossing(run.meta["config"]["target"]) for run in group]
-        steps = "-" if None in crossings else f"{fmean(c.exact_step for c in crossings):.1f}"
+        steps = "-" if None in crossings else number(
+            fmean(c.exact_step for c in crossings), ".1f")
         rows.append([label, f"{len(group)}", ", ".join(map(str, sorted(seeds))),
                      f"{fmean(losses):.5f}", f"{stdev(losses):.5f}" if len(losses) > 1 else "-",
                      steps, f"{fmean(run.final.step_avg_ms for run in group):.2f}"])
