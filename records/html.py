@@ -17,7 +17,7 @@ from records.compare import loss_table, pair_table, target_table
 from records.figures import rendered
 from records.groups import Group, group, target_of
 from records.plot import check_folder, history, pictures, read_groups
-from records.show import run_table
+from records.show import read_back, run_table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
@@ -39,6 +39,9 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Without the columns that are all dashes, as in the terminal."""
+    keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
+    header, rows = [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
     lines = ["".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in line)
              for kind, line in (("th", header), *(("td", row) for row in rows))]
     return "<table>\n" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
@@ -56,10 +59,13 @@ def statistics(groups: list[Group], target: float | None) -> list[str]:
         return ["<p>These logs name no target: there are no statistics; see --target.</p>"]
     check_repeats(groups)
     sized = [(one, one.last_step()) for one in groups]
-    tables = [loss_table(sized, target), target_table(groups, target)]
-    tables += [pair_table(sized, target)] if len(groups) > 1 else []
+    tables = {"Loss at one step": loss_table(sized, target),
+              f"Steps and seconds to {target:g}": target_table(groups, target)}
+    tables |= {"Each pair of groups": pair_table(sized, target)} if len(groups) > 1 else {}
     caveats = "".join(f"<li>{escape(warning)}</li>" for warning in warnings(sized, target))
-    return ["<h2>Statistics</h2>", *(table(*one) for one in tables), f"<ul>{caveats}</ul>"]
+    return ["<h2>Statistics</h2>", *(f"<h3>{escape(title)}</h3>\n{table(*one)}"
+                                     for title, one in tables.items()),
+            *([f"<h3>Caveats</h3>\n<ul>{caveats}</ul>"] if caveats else [])]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -85,6 +91,7 @@ def run(args: Namespace) -> None:
     if groups:  # incomplete runs are listed, too
         every = [group(name) for name in names]
         parts += ["<h2>Runs</h2>", table(*run_table(every, target))]
+        parts += [f"<p>{escape(line)}</p>" for line in read_back(every)]
     text = page(args.title, parts)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from test_plot import write_log
 
 from records.__main__ import main
@@ -56,6 +57,24 @@ def test_its_statistics_are_those_of_the_logs(report: str, folder: Path) -> None
     assert row[1:5] == ["400", "2", f"{summary(losses).mean:.5f}", f"{summary(losses).sd:.5f}"]
     assert f"{precision(losses).statistic:.5f}" in row
     assert any(row[0] == "Muon against Aurora" for row in cells(report))
+
+
+def test_tables_have_headings_and_no_empty_columns(report: str) -> None:
+    """Three tables stood below one heading, with columns of nothing but dashes."""
+    assert re.findall(r"<h3>(.*?)</h3>\n<(table|ul)", report)[:3] == [
+        ("Loss at one step", "table"), ("Steps and seconds to 3.28", "table"),
+        ("Each pair of groups", "table")]
+    for text in report.split("<table>")[1:]:
+        for column in zip(*cells(text.split("</table>")[0]), strict=True):
+            assert set(column[1:]) != {"-"}, column[0]
+
+
+def test_the_settings_read_back_are_in_it(tmp_path: Path) -> None:
+    """show prints them, the report did not."""
+    main(["report", str(ROOT / "records/prose/muon_1xH200_seed1.txt"), "--out",
+          str(tmp_path / "report.html")])
+    text = (tmp_path / "report.html").read_text()
+    assert "<p>settings read back of muon_1xH200_seed1: " in text
 
 
 def test_a_run_that_crashed_is_listed_and_not_counted(report: str) -> None:
