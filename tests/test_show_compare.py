@@ -293,6 +293,17 @@ def test_seconds_of_other_hardware_are_no_gain(
     assert "steps gained" in pair and "seconds gained" not in pair
 
 
+def test_a_narrow_terminal_breaks_no_number(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 80 columns "3.27710" stood as "3.2771" above "0"."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    text = output(capsys, "show", "a", "b")
+    assert all(cell in text for cell in ("3.27710", "(150.0)", "1,310,720", "300/300", "60.000"))
+    assert "3.27000" in text and max(map(len, text.splitlines())) < 400
+
+
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["shwo"])
