@@ -34,8 +34,6 @@ def problems_of(runs: list[Run]) -> list[str]:
         if not {"config", "code_sha256", "argv"} <= run.meta.keys() or run.optim is None:
             return [f"{run.path}: found a log without config, code hash, arguments or optim line, "
                     "expected one of train_gpt.py"]
-        if type(run.seed) is not int:
-            return [f"{run.path}: found seed {run.seed!r}, expected an integer"]
         if run.status != "complete" or run.final.step != run.total_steps:
             found.append(f"{run.path}: the run is {run.status} at step {run.final.step} of "
                          f"{run.total_steps}, expected complete")

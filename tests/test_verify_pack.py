@@ -200,7 +200,7 @@ def test_pack_says_one_log_of_one(tiny: Tiny, capsys: pytest.CaptureFixture[str]
 
 
 SPOIL = {
-    "found seed 'x', expected an integer": lambda logs: replace(
+    'found meta with seed "x", expected a value of its type': lambda logs: replace(
         logs / "a.seed2.txt", '"seed": 2, "config"', '"seed": "x", "config"'),
     "seed 1 occurs 2 times": lambda logs: shutil.copy(logs / "a.seed1.txt", logs / "b.txt"),
     "the run is crashed at step 4": lambda logs: replace(logs / "a.seed2.txt", '\nend: {"', "\nX"),
