@@ -153,10 +153,24 @@ def test_all_results_of_a_trial_have_the_same_fields(tmp_path: Path) -> None:
         write(tmp_path / "b.txt", last))
 
 
+def test_a_loss_cut_short_in_the_middle_of_a_curve_is_no_loss(tmp_path: Path) -> None:
+    """3.2 of 3.29000 was read as 3.2 where later results of the same trial followed."""
+    curve = [f"step:{step}/9 val_loss:{loss}" for step, loss in
+             ((0, "10.80000"), (3, "3.2"), (6, "3.28000"), (9, "3.27000"))]
+    assert "line 12: found 'step:3/9 val_loss:3.2', expected as many decimals" in message(
+        write(tmp_path / "a.txt", curve))
+
+
+def test_extra_fields_may_be_called_as_their_authors_like(tmp_path: Path) -> None:
+    lines = [line.replace(" train_time", " H:1.5 acc1:0.3 train_time")
+             for line in steps((0, 10.8), (300, 3.27))]
+    assert losses(write(tmp_path / "a.txt", lines)) == [[10.8, 3.27]]
+
+
 def test_a_whole_last_line_needs_no_line_feed(tmp_path: Path) -> None:
     """The last of lines that end with their loss was dropped, as it did not end in "ms"."""
     lines = [f"step:{step}/300 train_time:{step}s step_avg:60ms val_loss:{loss}"
-             for step, loss in ((0, "10.82584"), (200, "3.4"), (300, "3.27712"))]
+             for step, loss in ((0, "10.82584"), (200, "3.40000"), (300, "3.27712"))]
     path = write(tmp_path / "a.txt", lines)
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
     run, = parse_runs(path)
