@@ -8,7 +8,7 @@ needs X only through R: W and R commute, so that the next R is W R W, and the fa
 steps can be gathered in Q = ... W W before they meet X: products of n x n matrices, all symmetric
 (kernels.py), instead of n x m. Rounding spoils the small eigenvalues of R as they grow, so after
 every second step X <- Q X and R are made anew; with three steps in between, spectra like 1/i came
-out up to 12 times too long. R also gives a tight bound of the largest singular value, |R|_F^(1/2),
+out several times too long. R also gives a tight bound of the largest singular value, |R|_F^(1/2),
 which saves the two steps that the Frobenius norm of X costs on flat spectra.
 
 Half precision is float16: values are scaled into its range, and bfloat16 has 3 bits less.
