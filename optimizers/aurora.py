@@ -20,9 +20,9 @@ Memory: as Muon, 4 bytes per parameter. FLOPs: K times Muon's on the balanced ma
 import torch
 from torch import Tensor
 
-from .gram import unit_max
+from .gram import length
 from .muon import Muon
-from .polar import polar
+from .polar import NORM, entry_type, factor, polar
 from .slot import MatrixOptimizer, nesterov
 
 BALANCED_AXES = {"fc": (0,), "proj": (1,), "both": (0, 1)}
@@ -43,15 +43,18 @@ def balanced_polar(
     """
     m, n = X.shape[-2:]
     beta = exponent + (exponent == 0) * best_exponent(m, n)
-    X = unit_max(X)
-    norms = X.norm(dim=-1, keepdim=True)
-    rows = X * torch.where(norms > 0, 1 / norms, 0)  # of length 1 or 0; c = d |x| starts at 1
-    c = torch.ones_like(norms)
+    norms, unit = length(X, -1), NORM / m**0.5
+    alive, tiny = norms > 0, NORM * torch.finfo(norms.dtype).tiny
+    rows = unit / norms.clamp_min(tiny) * X.to(norms.dtype)  # of length unit, or 0
+    rows, c = rows.to(entry_type(method, dtype, X)), alive.to(norms.dtype)  # c = d |x|
+    U = factor(rows, unit * length(c).clamp_min(1), method, dtype)
     for _ in range(rounds - 1):
-        squares = polar(c * rows, method, dtype).to(X.dtype).square().sum(dim=-1, keepdim=True)
+        squares = U.to(c.dtype).square().sum(dim=-1, keepdim=True)
         c = c * (n / m / squares.clamp_min(1e-14)) ** beta
-        c = torch.where(c < clamp, torch.where(c * clamp > 1, c, 1 / clamp), clamp)
-    return polar(c * rows, method, dtype)
+        c = torch.where(c < clamp, torch.where(c * clamp > 1, c, 1 / clamp), clamp) * alive
+        X = rows * (c * (NORM / unit / length(c).clamp_min(tiny)))
+        U = factor(X.to(rows.dtype), NORM, method, dtype)
+    return U
 
 
 class Aurora(MatrixOptimizer):

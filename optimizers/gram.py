@@ -38,33 +38,36 @@ EXPRESS6 = tuple(
 )
 
 
-def unit_max(X: Tensor) -> Tensor:
-    """Each matrix divided by its largest |entry|: squares then neither overflow nor vanish."""
-    tiny = torch.finfo(X.dtype).tiny  # relative to the input: only an all-zero matrix meets it
-    return X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+def length(X: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
+    """Euclidean norm along `dim`, which is kept, for any scale: no square overflows or vanishes."""
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    if X.is_mps:  # has no float64
+        largest = X.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+        return largest * (X / largest).norm(dim=dim, keepdim=True)
+    return X.double().square().sum(dim=dim, keepdim=True).sqrt().to(X.dtype)
 
 
-def gram_polar(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """Polar factors of wide X (k, n, m), n <= m; products and result in `dtype`.
+def gram_polar(X: Tensor) -> Tensor:
+    """Polar factors of X (k, m, n), |X|_F <= 8, in the type of X: float16, float32 or float64."""
+    tall, (m, n) = X.size(-2) > X.size(-1), X.shape[-2:]
+    gather = 2 if max(m, n) >= 2 * min(m, n) else 1  # steps; for squares it saves nothing
 
-    Not in bfloat16: float16 instead, on the CPU float32 (it is slow in half precision).
-    """
-    if dtype == torch.bfloat16:
-        dtype = torch.float32 if X.device.type == "cpu" else torch.float16
-    gather = 2 if X.size(-1) >= 2 * X.size(-2) else 1  # steps; for squares it saves nothing
-    X, tiny = unit_max(X), torch.finfo(X.dtype).tiny
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny) * 8  # above fp16's denormals
-    X, Q = X.to(dtype), None
-    R = symmetric_product(X, X)
-    wide = R.to(torch.promote_types(dtype, torch.float32))
-    bound = wide.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-3)  # of the largest s^2
-    R, scale = (R / bound).to(dtype), bound.rsqrt()
+    def gram() -> Tensor:
+        A = X.mT if tall else X
+        return symmetric_product(A, A)
+
+    R, Q = gram(), None
+    wide = R.to(torch.promote_types(X.dtype, torch.float32))
+    bound = wide.norm(dim=(-2, -1)).clamp_min(1e-3)  # of the largest singular value, squared
+    s = bound.rsqrt()
     for step, (a, b, c) in enumerate(EXPRESS6, 1):
+        if step == 1:  # of s X, without writing it: s W, made of R, serves X and R alike
+            c, b, a = c * s**5, b * s**3, a * s
         W = symmetric_product(R, R, R, alpha=c, beta=b, gamma=a)
         Q = W if Q is None else symmetric_product(Q, W)
-        if step % gather == 0:
-            X, Q, scale = (Q * scale).to(dtype) @ X, None, 1.0
-            R = symmetric_product(X, X) if step < len(EXPRESS6) else R
-        else:
+        if step % gather:
             R = symmetric_product(symmetric_product(W, R), W)
+            continue
+        X, Q = X @ Q if tall else Q @ X, None
+        R = gram() if step < len(EXPRESS6) else R
     return X

@@ -23,8 +23,8 @@ if triton is not None:
     @triton.jit
     def symmetric_kernel(
         A, B, D, C, a_batch, a_row, a_column, b_batch, b_row, b_column, alpha, beta, gamma,
-        n: tl.constexpr, p: tl.constexpr, HAS_D: tl.constexpr, TILE: tl.constexpr,
-        DEPTH: tl.constexpr,
+        n: tl.constexpr, p: tl.constexpr, HAS_D: tl.constexpr, EACH: tl.constexpr,
+        TILE: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
         """Program (t, matrix): tile t of the lower triangle, counted row by row; D, C are dense."""
         t = tl.program_id(0)
@@ -45,6 +45,9 @@ if triton is not None:
                 b = tl.load(b_at, mask=(columns[:, None] < n) & inside, other=0.0)
             product = tl.dot(a, b.trans(), product)
             a_at, b_at = a_at + DEPTH * a_column, b_at + DEPTH * b_column
+        if EACH:  # pointers to one number for each matrix
+            alpha, beta = tl.load(alpha + matrix), tl.load(beta + matrix)
+            gamma = tl.load(gamma + matrix)
         product *= alpha
         below = matrix * n * n + rows[:, None] * n + columns[None, :]
         above = matrix * n * n + columns[:, None] * n + rows[None, :]
@@ -66,10 +69,13 @@ def kernel_runs(A: Tensor) -> bool:
 
 
 def symmetric_product(
-    A: Tensor, B: Tensor, D: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0,
-    gamma: float = 0.0,
+    A: Tensor, B: Tensor, D: Tensor | None = None, *, alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 0.0, gamma: float | Tensor = 0.0,
 ) -> Tensor:  # fmt: skip
-    """alpha A B^T + beta D + gamma I, symmetric: (k, n, p) twice -> (k, n, n)."""
+    """alpha A B^T + beta D + gamma I, symmetric: (k, n, p) twice -> (k, n, n).
+
+    alpha, beta, gamma: three numbers, or three float32 tensors (k,), one number for each matrix.
+    """
     inputs = (A, B, D, alpha, beta, gamma)
     if not kernel_runs(A):
         return symmetric_by_torch(*inputs)
@@ -80,20 +86,28 @@ def symmetric_product(
 
 
 def symmetric_by_torch(
-    A: Tensor, B: Tensor, D: Tensor | None, alpha: float, beta: float, gamma: float
-) -> Tensor:
+    A: Tensor, B: Tensor, D: Tensor | None, alpha: float | Tensor, beta: float | Tensor,
+    gamma: float | Tensor,
+) -> Tensor:  # fmt: skip
+    eye = torch.eye(A.size(-2), dtype=A.dtype, device=A.device)
+    if isinstance(alpha, Tensor):
+        alpha, beta, gamma = (number[:, None, None] for number in (alpha, beta, gamma))
+        C = alpha * (A @ B.mT) + gamma * eye
+        return (C if D is None else C + beta * D).to(A.dtype)
     C = alpha * (A @ B.mT) if D is None else torch.baddbmm(D, A, B.mT, beta=beta, alpha=alpha)
-    return C + gamma * torch.eye(C.size(-1), dtype=C.dtype, device=C.device) if gamma else C
+    return C + gamma * eye if gamma else C
 
 
 def symmetric_by_triton(
-    A: Tensor, B: Tensor, D: Tensor | None, alpha: float, beta: float, gamma: float
-) -> Tensor:
+    A: Tensor, B: Tensor, D: Tensor | None, alpha: float | Tensor, beta: float | Tensor,
+    gamma: float | Tensor,
+) -> Tensor:  # fmt: skip
     (k, n, p), D = A.shape, None if D is None else D.contiguous()
     C = torch.empty(k, n, n, dtype=A.dtype, device=A.device)
     tiles = triton.cdiv(n, TILE)
     symmetric_kernel[(tiles * (tiles + 1) // 2, k)](
         A, B, C if D is None else D, C, *A.stride(), *B.stride(), alpha, beta, gamma, n=n, p=p,
-        HAS_D=D is not None, TILE=TILE, DEPTH=DEPTH, num_warps=8, num_stages=4,
+        HAS_D=D is not None, EACH=isinstance(alpha, Tensor), TILE=TILE, DEPTH=DEPTH, num_warps=8,
+        num_stages=4,
     )  # fmt: skip
     return C

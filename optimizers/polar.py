@@ -9,7 +9,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from .gram import EXPRESS6, gram_polar, unit_max
+from .gram import EXPRESS6, gram_polar, length
 
 # Odd polynomials a s + b s^3 + c s^5 that drive singular values in (0, 1] to 1, one (a, b, c) for
 # each step. QUINTIC: p(1) = 1, p'(1) = 0, slope 2 at 0. CUBIC_END: p'(1) = p''(1) = 0 as well.
@@ -41,6 +41,7 @@ def with_safety(steps: tuple, factor: float) -> tuple:
     return (*scaled, steps[-1])
 
 
+NORM = 8.0  # Frobenius norm of what is factored: keeps entries above the denormals of float16
 POLAR = {  # by name: largest singular value that may enter, steps; "exact" is the SVD
     "quintic12": (1.0, (QUINTIC,) * 12),
     "jordan5": (1.0, (JORDAN,) * 5),
@@ -50,6 +51,16 @@ POLAR = {  # by name: largest singular value that may enter, steps; "exact" is t
     "gram6": (1.0, EXPRESS6),  # through the Gram matrix, see gram.py
     "exact": (1.0, ()),
 }
+
+
+def entry_type(method: str, dtype: torch.dtype, X: Tensor) -> torch.dtype:
+    """The type in which `factor` takes X. gram6 needs more than bfloat16, and takes float16; on
+    the CPU, which is slow in half precision, float32."""
+    if method != "gram6":
+        return torch.promote_types(X.dtype, torch.float32)
+    if dtype == torch.bfloat16:
+        return torch.float32 if X.device.type == "cpu" else torch.float16
+    return dtype
 
 
 def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -62,17 +73,21 @@ def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloa
     """
     if X.ndim == 2:
         return polar(X[None], method, dtype)[0]
+    norm = length(X)
+    X = X.to(norm.dtype) * (NORM / norm.clamp_min(NORM * torch.finfo(norm.dtype).tiny))
+    return factor(X.to(entry_type(method, dtype, X)), NORM, method, dtype)
+
+
+def factor(X: Tensor, norm: float | Tensor, method: str, dtype: torch.dtype) -> Tensor:
+    """polar of X (k, m, n) of that entry_type, of Frobenius norm `norm` <= NORM."""
     if method not in POLAR:
         raise ValueError(f"unknown polar method {method!r}, choose one of {', '.join(POLAR)}")
-    tall, tiny = X.size(-2) > X.size(-1), torch.finfo(X.dtype).tiny
     if method == "gram6":
-        U = gram_polar(X.mT if tall else X, dtype)
-        return U.mT if tall else U
-    X, (largest, steps) = unit_max(X), POLAR[method]
-    X = X * largest / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+        return gram_polar(X)
     if method == "exact":
         return exact_polar(X).to(dtype)
-    X = (X.mT if tall else X).to(dtype)
+    tall, (largest, steps) = X.size(-2) > X.size(-1), POLAR[method]
+    X = ((X.mT if tall else X) * (largest / norm)).to(dtype)
     for a, b, c in steps:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2, inside the product's epilogue

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .aurora import Aurora
-from .gram import unit_max
+from .gram import length
 from .muon import Muon
 from .polar import polar
 
@@ -81,9 +81,8 @@ class RiemannianAurora(Aurora):
     worth_compiling = False  # 60 steps of conjugate gradients in a row
 
     def even(self, X: Tensor, group: dict) -> Tensor:
-        X, how = unit_max(X), (group["polar"], group["dtype"])
-        tiny = torch.finfo(X.dtype).tiny
-        X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny) * X.size(-1) ** 0.5
+        how, tiny = (group["polar"], group["dtype"]), torch.finfo(X.dtype).tiny
+        X = X / length(X).clamp_min(tiny) * X.size(-1) ** 0.5
         U = polar(X, *how).to(X.dtype)
         for _ in range(group["climbs"]):
             U = climb(X, U, group["step_size"], group["cg_steps"], group["dtype"])
