@@ -49,25 +49,22 @@ def length(X: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
 
 def gram_polar(X: Tensor) -> Tensor:
     """Polar factors of X (k, m, n), |X|_F <= 8, in the type of X: float16, float32 or float64."""
-    tall, (m, n) = X.size(-2) > X.size(-1), X.shape[-2:]
-    gather = 2 if max(m, n) >= 2 * min(m, n) else 1  # steps; for squares it saves nothing
-
-    def gram() -> Tensor:
-        A = X.mT if tall else X
-        return symmetric_product(A, A)
-
-    R, Q = gram(), None
+    if X.stride(-2) == 1 < X.stride(-1):  # as it lies in memory, so that nothing is written crosswise
+        return gram_polar(X.mT).mT
+    tall = X.size(-2) > X.size(-1)
+    gather = 2 if max(X.shape[-2:]) >= 2 * min(X.shape[-2:]) else 1  # steps; in squares no gain
+    A, Q = X.mT if tall else X, None
+    R = symmetric_product(A, A)
     wide = R.to(torch.promote_types(X.dtype, torch.float32))
-    bound = wide.norm(dim=(-2, -1)).clamp_min(1e-3)  # of the largest singular value, squared
-    s = bound.rsqrt()
+    s = wide.norm(dim=(-2, -1)).clamp_min(1e-3).rsqrt()  # 1 / a bound of the singular values
     for step, (a, b, c) in enumerate(EXPRESS6, 1):
-        if step == 1:  # of s X, without writing it: s W, made of R, serves X and R alike
+        if step == 1:  # of s X, which is never written: this W takes R for s^2 R, and X for s X
             c, b, a = c * s**5, b * s**3, a * s
         W = symmetric_product(R, R, R, alpha=c, beta=b, gamma=a)
         Q = W if Q is None else symmetric_product(Q, W)
         if step % gather:
             R = symmetric_product(symmetric_product(W, R), W)
             continue
-        X, Q = X @ Q if tall else Q @ X, None
-        R = gram() if step < len(EXPRESS6) else R
-    return X
+        A, Q = (A.mT @ Q).mT if tall else Q @ A, None
+        R = symmetric_product(A, A) if step < len(EXPRESS6) else R
+    return A.mT if tall else A

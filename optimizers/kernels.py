@@ -3,8 +3,9 @@
     C = alpha A B^T + beta D + gamma I,    A, B (k, n, p), D and C (k, n, n)
 
 for A B^T symmetric (A = B, or polynomials of one symmetric matrix) and D symmetric. The Triton
-kernel computes the tiles on and below the diagonal and stores each twice. Where it cannot run (no
-Triton, no NVIDIA GPU, fp32 or fp64) PyTorch computes the same in full.
+kernel computes the tiles on and below the diagonal and stores each twice; Hopper's copy engine
+brings its operands (pointers in place of descriptors took twice as long). Where it cannot run (no
+Triton, an older GPU, fp32 or fp64, sizes no multiple of 8) PyTorch computes the same in full.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a CPU build of torch comes without it
     triton = None
 
@@ -22,50 +24,46 @@ if triton is not None:
 
     @triton.jit
     def symmetric_kernel(
-        A, B, D, C, a_batch, a_row, a_column, b_batch, b_row, b_column, alpha, beta, gamma,
-        n: tl.constexpr, p: tl.constexpr, HAS_D: tl.constexpr, EACH: tl.constexpr,
-        TILE: tl.constexpr, DEPTH: tl.constexpr,
+        A, B, D, C, alpha, beta, gamma, p: tl.constexpr, A_TURNED: tl.constexpr,
+        B_TURNED: tl.constexpr, HAS_D: tl.constexpr, EACH: tl.constexpr, TILE: tl.constexpr,
+        DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """Program (t, matrix): tile t of the lower triangle, counted row by row; D, C are dense."""
-        t = tl.program_id(0)
+        """Program (t, matrix): tile t of the lower triangle, counted row by row."""
+        t, matrix = tl.program_id(0), tl.program_id(1)
         i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
         j = t - i * (i + 1) // 2
-        matrix = tl.program_id(1).to(tl.int64)
-        rows, columns = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
-        depth = tl.arange(0, DEPTH)
-        a_at = A + matrix * a_batch + rows[:, None] * a_row + depth[None, :] * a_column
-        b_at = B + matrix * b_batch + columns[:, None] * b_row + depth[None, :] * b_column
         product = tl.zeros((TILE, TILE), tl.float32)
-        for start in range(0, p, DEPTH):
-            if n % TILE == 0 and p % DEPTH == 0:
-                a, b = tl.load(a_at), tl.load(b_at)
+        for start in range(0, p, DEPTH):  # beyond the edges descriptors read zeros
+            if A_TURNED:
+                a = A.load([matrix, start, i * TILE]).reshape(DEPTH, TILE).T
             else:
-                inside = start + depth[None, :] < p
-                a = tl.load(a_at, mask=(rows[:, None] < n) & inside, other=0.0)
-                b = tl.load(b_at, mask=(columns[:, None] < n) & inside, other=0.0)
-            product = tl.dot(a, b.trans(), product)
-            a_at, b_at = a_at + DEPTH * a_column, b_at + DEPTH * b_column
+                a = A.load([matrix, i * TILE, start]).reshape(TILE, DEPTH)
+            if B_TURNED:
+                b = B.load([matrix, start, j * TILE]).reshape(DEPTH, TILE)
+            else:
+                b = B.load([matrix, j * TILE, start]).reshape(TILE, DEPTH).T
+            product = tl.dot(a, b, product)
         if EACH:  # pointers to one number for each matrix
             alpha, beta = tl.load(alpha + matrix), tl.load(beta + matrix)
             gamma = tl.load(gamma + matrix)
         product *= alpha
-        below = matrix * n * n + rows[:, None] * n + columns[None, :]
-        above = matrix * n * n + columns[:, None] * n + rows[None, :]
-        inside = (rows[:, None] < n) & (columns[None, :] < n)
         if HAS_D:
-            product += beta * tl.load(D + below, mask=inside, other=0.0).to(tl.float32)
+            d = D.load([matrix, i * TILE, j * TILE]).reshape(TILE, TILE)
+            product += beta * d.to(tl.float32)
+        rows, columns = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
         product += tl.where(rows[:, None] == columns[None, :], gamma, 0.0)
-        result = product.to(C.dtype.element_ty)
-        tl.store(C + below, result, mask=inside)
+        result = product.to(C.dtype)
+        C.store([matrix, i * TILE, j * TILE], result.reshape(1, TILE, TILE))
         if i != j:
-            mirrored = (columns[:, None] < n) & (rows[None, :] < n)
-            tl.store(C + above, result.trans(), mask=mirrored)
+            C.store([matrix, j * TILE, i * TILE], result.T.reshape(1, TILE, TILE))
 
 
 def kernel_runs(A: Tensor) -> bool:
-    """Whether the kernel takes this tensor: half precision on an NVIDIA GPU with tensor cores."""
-    half = A.dtype in (torch.float16, torch.bfloat16)
-    return triton is not None and half and A.is_cuda and torch.version.hip is None
+    """Whether the kernel takes A (k, n, p): half precision on Hopper or later."""
+    half = A.dtype in (torch.float16, torch.bfloat16) and A.size(1) % 8 == A.size(2) % 8 == 0
+    if triton is None or not half or not A.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(A.device) >= (9, 0)
 
 
 def symmetric_product(
@@ -102,12 +100,19 @@ def symmetric_by_triton(
     A: Tensor, B: Tensor, D: Tensor | None, alpha: float | Tensor, beta: float | Tensor,
     gamma: float | Tensor,
 ) -> Tensor:  # fmt: skip
-    (k, n, p), D = A.shape, None if D is None else D.contiguous()
+    (k, n, p), (tile, deep) = A.shape, ([1, TILE, TILE], {False: [1, TILE, DEPTH],
+                                                          True: [1, DEPTH, TILE]})
     C = torch.empty(k, n, n, dtype=A.dtype, device=A.device)
-    tiles = triton.cdiv(n, TILE)
-    symmetric_kernel[(tiles * (tiles + 1) // 2, k)](
-        A, B, C if D is None else D, C, *A.stride(), *B.stride(), alpha, beta, gamma, n=n, p=p,
-        HAS_D=D is not None, EACH=isinstance(alpha, Tensor), TILE=TILE, DEPTH=DEPTH, num_warps=8,
-        num_stages=4,
+    turned = [X.stride(-1) != 1 for X in (A, B)]
+    described = [
+        TensorDescriptor.from_tensor((X.mT if flip else X).contiguous(), deep[flip])
+        for X, flip in zip((A, B), turned, strict=True)
+    ]
+    described += [TensorDescriptor.from_tensor(X, tile) for X in (C if D is None else D, C)]
+    tiles = (side := triton.cdiv(n, TILE)) * (side + 1) // 2
+    symmetric_kernel[(tiles, k)](
+        *described, alpha, beta, gamma, p=p, A_TURNED=turned[0], B_TURNED=turned[1],
+        HAS_D=D is not None, EACH=isinstance(alpha, Tensor), TILE=TILE, DEPTH=DEPTH, num_warps=4,
+        num_stages=3 if tiles * k > 132 else 4,  # two programs on each of 132 processors, or one
     )  # fmt: skip
     return C

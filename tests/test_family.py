@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optimizers import OPTIMIZERS, aurora
 from optimizers.aurora import balanced_polar, best_exponent
-from optimizers.polar import factor, polar
+from optimizers.polar import factor
 
 MATRIX = [name for name in OPTIMIZERS if name != "adamw"]
 EVEN_ROWS = ["normuon", "unormuon"]  # the others end in a polar factor

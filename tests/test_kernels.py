@@ -15,11 +15,12 @@ COMPARE = """
 import torch
 from optimizers.kernels import symmetric_by_torch, symmetric_by_triton
 for dtype in (torch.float16,):  # the interpreter of Triton 3.6 misreads bfloat16
-    for k, n, p in ((2, 256, 192), (1, 200, 77), (3, 130, 300), (2, 1, 5)):
+    for k, n, p in ((2, 256, 192), (1, 200, 80), (3, 136, 304), (2, 8, 16)):
         X = torch.randn(k, p, n, generator=torch.Generator().manual_seed(n)).to(dtype)
         S = (X.mT @ X) / p
         W = (X @ X.mT)[:, :n, :n] / n
-        cases = [(X.mT, X.mT, None, 0.01, 0.0, 0.0), (S, S, S, 0.3, -0.5, 2.0),
+        each = [torch.tensor([number, 0.5, -1.0][:k]) for number in (0.02, 0.7, 1.5)]
+        cases = [(S, S, S, *each), (X.mT, X.mT, None, 0.01, 0.0, 0.0), (S, S, S, 0.3, -0.5, 2.0),
                  (X.mT.contiguous(), X.mT, None, 1.0, 0.0, -1.0)]
         for A, B, D, alpha, beta, gamma in cases:
             found = symmetric_by_triton(A, B, D, alpha, beta, gamma)
