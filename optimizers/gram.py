@@ -49,7 +49,7 @@ def length(X: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
 
 def gram_polar(X: Tensor) -> Tensor:
     """Polar factors of X (k, m, n), |X|_F <= 8, in the type of X: float16, float32 or float64."""
-    if X.stride(-2) == 1 < X.stride(-1):  # as it lies in memory, so that nothing is written crosswise
+    if X.stride(-2) == 1 < X.stride(-1):  # as it lies in memory: nothing is written crosswise
         return gram_polar(X.mT).mT
     tall = X.size(-2) > X.size(-1)
     gather = 2 if max(X.shape[-2:]) >= 2 * min(X.shape[-2:]) else 1  # steps; in squares no gain
