@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .replay import Numbers, Replay
+
 # What a parameter group may carry besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
 
@@ -40,6 +42,9 @@ class Bucket:
     state: dict[str, Tensor] = field(default_factory=dict)  # of this rank's matrices: (k, ...)
     weights: Tensor | None = None  # (ranks, slots, m, n); `cells` are its parts, by parameter
     cells: list[Tensor] = field(default_factory=list)
+    grads: Tensor | None = None
+    numbers: Numbers = field(default_factory=Numbers)
+    replay: Replay | None = None
 
     @property
     def slots(self) -> int:
@@ -177,12 +182,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not mine:
             return
         weights = bucket.weights[self.rank, : len(mine)]
-        inputs = (weights, grads, bucket.state, self._hyperparameters(bucket.group))
+        inputs = (weights, grads, bucket.state, self._hyperparameters(bucket))
         if not self.compiled:
             self._maths(*inputs)
             return
+        if bucket.replay is None:
+            bucket.replay = Replay(self._maths) if weights.is_cuda else self._maths
         with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
-            self._maths(*inputs)
+            bucket.replay(*inputs)
 
     def _step_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         direction = self.update(grad, state, group).to(grad.dtype)
@@ -190,13 +197,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         direction = direction * self.scale(direction, wide, group)
         weight.copy_(self.decay(wide, direction, group) - group["lr"] * direction)
 
-    def _hyperparameters(self, group: dict) -> dict:
+    def _hyperparameters(self, bucket: Bucket) -> dict:
         """As the maths sees them; compiled, as 0-D tensors: then a new value recompiles nothing."""
+        group = bucket.group
         chosen = {k: group[k] for k in (*self._known, "neuron_axis") if k in group}
         if not self.compiled:
             return chosen
         numbers = [k for k, default in self._known.items() if isinstance(default, float)]
-        return chosen | {k: torch.as_tensor(chosen[k], dtype=torch.float32) for k in numbers}
+        return chosen | bucket.numbers.of(chosen, numbers, bucket.params[0].device)
 
     # ---- the collectives --------------------------------------------------------------------
 
@@ -205,7 +213,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         grads, mine = [p.grad for p in bucket.params], bucket.owned[self.rank]
         shape = grads[0].shape
         if self.world_size == 1 or not self.reduce:
-            owned = torch.stack([grads[i] for i in mine]) if mine else grads[0].new_empty(0, *shape)
+            if bucket.grads is None:
+                bucket.grads = grads[0].new_empty(len(mine), *shape)
+            owned = torch.stack([grads[i] for i in mine], out=bucket.grads) if mine else grads[0].new_empty(0, *shape)
             return owned, None, None
         send = self._buffer(bucket)
         torch._foreach_copy_(self._cells(bucket, send), grads)

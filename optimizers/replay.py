@@ -1,0 +1,59 @@
+"""CUDA graphs of the optimizer's maths: one launch for a hundred kernels.
+
+Launching the kernels of a step takes the CPU longer than the GPU needs to run them. A graph is
+recorded once, from the same compiled code, on tensors that stay where they are: weights and state
+live in the slot, gradients are stacked into one buffer, and hyperparameters are read from 0-D
+tensors on the GPU. Whatever else changes (a tensor that moved, another method) records anew.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Numbers:
+    """The float hyperparameters of a group as 0-D tensors, written only where they changed."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    def of(self, group: dict, names: list[str], device: torch.device) -> dict[str, Tensor]:
+        for name in names:
+            value = group[name]
+            if name not in self.tensors:
+                self.tensors[name] = torch.empty((), dtype=torch.float32, device=device)
+            if isinstance(value, Tensor):
+                self.tensors[name].copy_(value, non_blocking=True)
+                self.last.pop(name, None)
+            elif self.last.get(name) != value:
+                self.tensors[name].fill_(value)
+                self.last[name] = value
+        return dict(self.tensors)
+
+
+class Replay:
+    """maths(weights, grads, state, group) for tensors on a GPU: run once, recorded, then replayed.
+
+    All tensors among the arguments must keep their addresses from call to call, and hold the next
+    values; where they do not, or another argument changed, that call runs and is recorded again.
+    """
+
+    pool = None  # of the intermediate results of all graphs: they never run side by side
+
+    def __init__(self, maths: Callable) -> None:
+        self.maths, self.graph, self.known = maths, None, None
+
+    def __call__(self, weights: Tensor, grads: Tensor, state: dict, group: dict) -> None:
+        held = (weights, grads, *state.values(), *group.values())
+        known = [(x.data_ptr(), x.shape) if isinstance(x, Tensor) else x for x in held]
+        if self.graph is not None and known == self.known:
+            self.graph.replay()
+            return
+        inputs = weights, grads, state, group
+        self.maths(*inputs)  # compiles, and does the step
+        Replay.pool = Replay.pool or torch.cuda.graph_pool_handle()
+        self.graph, self.known = torch.cuda.CUDAGraph(), known
+        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+            self.maths(*inputs)  # is recorded, and does nothing
