@@ -5,8 +5,8 @@
     W <- (1 - lr wd) W - lr sqrt(max(1, out/in)) polar(u)
 
 Source: https://kellerjordan.github.io/posts/muon/; defaults of track-3 entry #36.
-Memory: 4 bytes per parameter (momentum). FLOPs of an m x n matrix, m >= n: 4 m n^2 + 2 n^3 for each
-step of the polar factor (12 by default), as counted in polar.py.
+Memory: 4 bytes per parameter (momentum). FLOPs of an m x n matrix, m >= 2 n: 9 m n^2 + 15 n^3, for
+squares 24 n^3, as counted in gram.py; in other ways 4 m n^2 + 2 n^3 a step, as in polar.py.
 """
 
 import torch
@@ -20,11 +20,11 @@ class Muon(MatrixOptimizer):
     """Orthogonalised momentum.
 
     Hyperparameters: lr, weight_decay (decoupled, times lr), momentum (Nesterov), polar (a name in
-    polar.POLAR), and dtype (of the polar factor's products).
+    polar.POLAR; entry #36 has quintic12) and dtype (of the polar factor's products).
     """
 
     defaults = dict(
-        lr=0.025, weight_decay=0.05, momentum=0.95, polar="quintic12", dtype=torch.bfloat16
+        lr=0.025, weight_decay=0.05, momentum=0.95, polar="gram6", dtype=torch.bfloat16
     )
     choices = {"polar": POLAR}
 

@@ -43,13 +43,13 @@ def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_p
     real = {"fc": torch.randn(96, 24), "proj": torch.randn(24, 96), "attn": torch.randn(24, 24)}
     rows = {
         name: bench.measure(name, "tiny", torch.device("cpu"), 3, real)
-        for name in ("muon", "aurora", "aurora, gram6", "adamw", "torch.optim.Muon")
+        for name in ("muon", "aurora", "aurora, quintic12", "adamw", "torch.optim.Muon")
     }
     assert all(row["ms"] > 0 for row in rows.values())
-    assert rows["aurora"]["rms_sigma"] < 0.005 > rows["aurora, gram6"]["rms_sigma"]
+    assert rows["aurora"]["rms_sigma"] < 0.005 > rows["aurora, quintic12"]["rms_sigma"]
     for key in ("row_sq_cv", "real_sq_cv"):
         assert rows["aurora"][key] < rows["muon"][key] / 3
-        assert rows["aurora, gram6"][key] < 1.01 * rows["aurora"][key]
+        assert rows["aurora"][key] < 1.01 * rows["aurora, quintic12"][key]
     assert "rms_sigma" not in rows["adamw"]
 
 

@@ -298,7 +298,7 @@ def test_the_hyperparameters_are_those_of_entry_36() -> None:
     for name in ("attn", "fc", "proj"):
         g = groups[name]
         assert (g["lr"], g["weight_decay"], g["momentum"], g["polar"]) == (
-            0.025, 0.05, 0.95, "quintic12",
+            0.025, 0.05, 0.95, "gram6",
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ SHAPES = {  # name: group, shape, matrices, neuron axis
     "tiny": [("attn", (96, 96), 4, None), ("fc", (384, 96), 2, 0), ("proj", (96, 384), 2, 1)],
 }  # fmt: skip
 KINDS = {name: (name, {}) for name in OPTIMIZERS if name != "riemannian"} | {
-    f"{name}, gram6": (name, dict(polar="gram6")) for name in ("muon", "aurora")
+    f"{name}, quintic12": (name, dict(polar="quintic12")) for name in ("muon", "aurora")
 }
 
 
