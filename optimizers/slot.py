@@ -20,45 +20,23 @@ collectives. Inputs and Work handles of asynchronous collectives are held until 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .buckets import Bucket, even_parts, owners_by_cost
+
 # What a parameter group may carry besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
-
-
-@dataclass
-class Bucket:
-    """Parameters of one group with one shape, and who owns which."""
-
-    group: dict
-    params: list[Tensor]  # K of (m, n)
-    owned: list[list[int]] = field(default_factory=list)  # per rank: indices into params
-    state: dict[str, Tensor] = field(default_factory=dict)  # of this rank's matrices: (k, ...)
-    weights: Tensor | None = None  # (ranks, slots, m, n); `cells` are its parts, by parameter
-    cells: list[Tensor] = field(default_factory=list)
-
-    @property
-    def slots(self) -> int:
-        """Matrices per rank in a communication buffer; ranks that own fewer leave padding."""
-        return max(map(len, self.owned))
+# Of fp32 gradients stacked and stepped at a time: half of the largest bucket of the 124M model, so
+# that a step needs little beyond it and batched products still fill the device (issue 4).
+PART_BYTES = 60 * 2**20
 
 
 def grouped() -> bool:
     """Whether this process is a rank of a group."""
     return dist.is_available() and dist.is_initialized()
-
-
-def owners_by_cost(costs: list[float], ranks: int) -> list[int]:
-    """The owner of each item: largest cost first, each to the rank with the least so far."""
-    load, owners = [0.0] * ranks, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = min(range(ranks), key=load.__getitem__)
-        load[owners[i]] += costs[i]
-    return owners
 
 
 def nesterov(grad: Tensor, state: dict, momentum: float | Tensor) -> Tensor:
@@ -103,7 +81,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # ---- the seam: what an optimizer writes -------------------------------------------------
 
     def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-        """Direction of a stack: grad (k, m, n) -> (k, m, n); may change `state`, never `grad`."""
+        """Direction of a stack: grad (k, m, n) -> (k, m, n); `grad` is never changed.
+
+        `state` may be changed, in place: its tensors are views of the state of a larger stack.
+        """
         raise NotImplementedError
 
     def scale(self, direction: Tensor, weight: Tensor, group: dict) -> float | Tensor:
@@ -115,7 +96,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return weight * (1 - group["lr"] * group["weight_decay"])
 
     def init_state(self, grad: Tensor) -> dict[str, Tensor]:
-        """State of a stack before its first step; leading size k, as in grad (k, m, n)."""
+        """State of a stack before its first step; leading size k, as in `grad` (k, m, n), zeros."""
         return {"momentum": torch.zeros_like(grad)}
 
     def cost(self, shape: torch.Size, group: dict) -> float:
@@ -139,13 +120,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if (size := dist.get_world_size() if grouped() else 1) != self.world_size:
             raise ValueError(f"{size} ranks, {self.world_size} when this was built: build it again")
         self._check_gradients()
-        reductions = [self._launch_reduce(bucket) for bucket in self._buckets]
+        received = [self._launch_reduce(bucket) for bucket in self._buckets]
         gathers = []
         for bucket in self._buckets:
-            grads, work, _held = reductions.pop(0)
+            grads, work, _held = received.pop(0)
             if work is not None:
                 work.wait()
-            self._hold_weights(bucket)
+            bucket.hold_weights()
             self._advance(bucket, grads)
             gathers.append(self._launch_gather(bucket))
         for work, _held in gathers:
@@ -158,31 +139,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             bucket.state = {}
 
-    def _hold_weights(self, bucket: Bucket) -> None:
-        """Makes the parameters views of bucket.weights, unless they are."""
-        pairs = list(zip(bucket.params, bucket.cells, strict=bucket.weights is not None))
-        if pairs and all(p.data_ptr() == cell.data_ptr() for p, cell in pairs):
-            return
-        bucket.weights = self._buffer(bucket, bucket.params[0].dtype)
-        bucket.cells = self._cells(bucket, bucket.weights)
-        for p, cell in zip(bucket.params, bucket.cells, strict=True):
-            p.data = cell.copy_(p)
-
-    def _advance(self, bucket: Bucket, grads: Tensor) -> None:
-        """Steps the matrices that this rank owns, with their gradients (k, m, n); k may be 0."""
-        mine = bucket.owned[self.rank]
-        grads = grads.to(torch.promote_types(grads.dtype, torch.float32))
+    def _advance(self, bucket: Bucket, received: Tensor | None) -> None:
+        """Steps the matrices that this rank owns, in parts; `received`: reduced gradients."""
+        count, shape = len(bucket.owned[self.rank]), bucket.params[0].shape
         if not bucket.state:
-            bucket.state = self.init_state(grads)
-        if not mine:
-            return
-        weights = bucket.weights[self.rank, : len(mine)]
-        inputs = (weights, grads, bucket.state, self._hyperparameters(bucket.group))
-        if not self.compiled:
+            bucket.state = self._new_state(bucket, count)
+        hyperparameters = self._hyperparameters(bucket.group)
+        for part in even_parts(count, shape.numel() * bucket.wide.itemsize, PART_BYTES):
+            self._advance_part(bucket, slice(*part), received, hyperparameters)
+
+    def _advance_part(
+        self, bucket: Bucket, part: slice, received: Tensor | None, hyperparameters: dict
+    ) -> None:
+        """Steps some of the owned matrices; what it stacks is freed before the next."""
+        if received is None:
+            grads = torch.stack([bucket.params[i].grad for i in bucket.owned[self.rank][part]])
+        else:
+            grads = received[part]
+        state = {key: value[part] for key, value in bucket.state.items()}
+        given = dict(state)
+        inputs = (bucket.weights[self.rank, part], grads.to(bucket.wide), state, hyperparameters)
+        if self.compiled:
+            with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
+                self._maths(*inputs)
+        else:
             self._maths(*inputs)
-            return
-        with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
-            self._maths(*inputs)
+        kept = state.keys() == given.keys() and all(state[key] is given[key] for key in given)
+        assert kept, f"{type(self).__name__}.update must change its state in place"
+
+    def _new_state(self, bucket: Bucket, count: int) -> dict[str, Tensor]:
+        like = bucket.params[0]
+        return self.init_state(like.new_zeros(count, *like.shape, dtype=bucket.wide))
 
     def _step_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         direction = self.update(grad, state, group).to(grad.dtype)
@@ -200,19 +187,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # ---- the collectives --------------------------------------------------------------------
 
-    def _launch_reduce(self, bucket: Bucket) -> tuple[Tensor, dist.Work | None, Tensor | None]:
-        """Gradients of the owned matrices (k, m, n), valid once the Work was waited for."""
-        grads, mine = [p.grad for p in bucket.params], bucket.owned[self.rank]
-        shape = grads[0].shape
+    def _launch_reduce(self, bucket: Bucket) -> tuple[Tensor | None, dist.Work | None, Tensor]:
+        """Gradients of the owned matrices, valid after the wait; None: those of the parameters."""
         if self.world_size == 1 or not self.reduce:
-            owned = torch.stack([grads[i] for i in mine]) if mine else grads[0].new_empty(0, *shape)
-            return owned, None, None
-        send = self._buffer(bucket)
-        torch._foreach_copy_(self._cells(bucket, send), grads)
+            return None, None, None
+        places, grads = bucket.places(), [p.grad for p in bucket.params]
+        send = grads[0].new_zeros(self.world_size, bucket.slots, *grads[0].shape)
+        torch._foreach_copy_([send[places[i]] for i in range(len(grads))], grads)
         received = torch.empty_like(send[0])
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13
         work = scatter(received, send.flatten(0, 1), async_op=True)
-        return received[: len(mine)], work, send
+        return received, work, send
 
     def _launch_gather(self, bucket: Bucket) -> tuple[dist.Work | None, Tensor]:
         """Brings every rank's part of bucket.weights to all; padding travels, but is never read."""
@@ -221,15 +206,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return None, mine
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13
         return gather(bucket.weights.flatten(0, 1), mine, async_op=True), mine
-
-    def _buffer(self, bucket: Bucket, dtype: torch.dtype | None = None) -> Tensor:
-        shape = (self.world_size, bucket.slots, *bucket.params[0].shape)
-        return bucket.params[0].new_zeros(shape, dtype=dtype or bucket.params[0].grad.dtype)
-
-    def _cells(self, bucket: Bucket, buffer: Tensor) -> list[Tensor]:
-        """Where each parameter's matrix stands in a (world, slots, m, n) buffer."""
-        place = {i: (r, s) for r, mine in enumerate(bucket.owned) for s, i in enumerate(mine)}
-        return [buffer[place[i]] for i in range(len(bucket.params))]
 
     # ---- state, for any number of ranks -------------------------------------------------------
 
@@ -278,10 +254,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         order = {p: i for i, p in enumerate(self._parameters())}
         for bucket in self._buckets if state else ():
             owned = [state[order[bucket.params[i]]] for i in bucket.owned[self.rank]]
-            like = bucket.params[0]
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            empty = self.init_state(like.new_zeros(0, *like.shape, dtype=dtype))
-            for key, like in empty.items():
+            for key, like in self._new_state(bucket, 0).items():
                 stack = [saved[key].to(like) for saved in owned]
                 bucket.state[key] = torch.stack(stack) if stack else like
 

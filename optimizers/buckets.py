@@ -1,0 +1,61 @@
+"""Buckets of the slot: parameters of one shape, who owns which, and the buffers they live in."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Bucket:
+    """Parameters of one group with one shape, and who owns which."""
+
+    group: dict
+    params: list[Tensor]  # K of (m, n)
+    owned: list[list[int]] = field(default_factory=list)  # per rank: indices into params
+    state: dict[str, Tensor] = field(default_factory=dict)  # of this rank's matrices: (k, ...)
+    weights: Tensor | None = None  # (ranks, slots, m, n); `cells` are its parts, by parameter
+    cells: list[Tensor] = field(default_factory=list)
+
+    @property
+    def slots(self) -> int:
+        """Matrices per rank in a communication buffer; ranks that own fewer leave padding."""
+        return max(map(len, self.owned))
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type in which this bucket is stepped: float32 or better."""
+        return torch.promote_types(self.params[0].dtype, torch.float32)
+
+    def places(self) -> dict[int, tuple[int, int]]:
+        """Rank and slot of each parameter."""
+        return {i: (r, s) for r, mine in enumerate(self.owned) for s, i in enumerate(mine)}
+
+    def hold_weights(self) -> None:
+        """Makes the parameters views of `weights`, unless they are."""
+        pairs = list(zip(self.params, self.cells, strict=self.weights is not None))
+        if pairs and all(p.data_ptr() == cell.data_ptr() for p, cell in pairs):
+            return
+        shape = (len(self.owned), self.slots, *self.params[0].shape)
+        self.weights, places = self.params[0].new_zeros(shape), self.places()
+        self.cells = [self.weights[places[i]] for i in range(len(self.params))]
+        for p, cell in zip(self.params, self.cells, strict=True):
+            p.data = cell.copy_(p)
+
+
+def owners_by_cost(costs: list[float], ranks: int) -> list[int]:
+    """The owner of each item: largest cost first, each to the rank with the least so far."""
+    load, owners = [0.0] * ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = min(range(ranks), key=load.__getitem__)
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def even_parts(count: int, each: int, limit: int) -> list[tuple[int, int]]:
+    """[first, last) of as few parts as keep `count` items of `each` bytes below the limit.
+
+    Their sizes differ by at most one; an item that is too large is a part of its own.
+    """
+    parts = min(count, -(-count * each // limit))
+    return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
