@@ -16,6 +16,7 @@ class Bucket:
     state: dict[str, Tensor] = field(default_factory=dict)  # of this rank's matrices: (k, ...)
     weights: Tensor | None = None  # (ranks, slots, m, n); `cells` are its parts, by parameter
     cells: list[Tensor] = field(default_factory=list)
+    received: Tensor | None = None  # (slots, m, n): summed gradients of this rank's matrices
 
     @property
     def slots(self) -> int:

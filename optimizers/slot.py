@@ -5,8 +5,10 @@ equal-shaped matrices. The slot buckets parameters by shape, deals whole matrice
 (largest first), sums gradients over ranks, steps the owned matrices and gathers the results.
 One step, three loops:
 
-    1. for each bucket: launch the reduce_scatter of its gradients to their owners
-    2. for each bucket: wait for it, update the owned matrices, launch the all_gather of the weights
+    1. for each piece of a bucket: launch the reduce_scatter of its gradients to their owners;
+       before_last_backward() lets that happen during the backward pass
+    2. for each bucket: update the owned matrices, each part after its gradients have been waited
+       for, and launch the all_gather of the weights
     3. for each bucket: wait for it
 
 The parameters of a bucket are views of one buffer, each rank's side by side: what is updated and
@@ -26,17 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .buckets import Bucket, even_parts, owners_by_cost
+from .collectives import Reducer, all_gather, grouped
 
 # What a parameter group may carry besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
 # Of fp32 gradients stacked and stepped at a time: half of the largest bucket of the 124M model, so
 # that a step needs little beyond it and batched products still fill the device (issue 4).
 PART_BYTES = 60 * 2**20
-
-
-def grouped() -> bool:
-    """Whether this process is a rank of a group."""
-    return dist.is_available() and dist.is_initialized()
 
 
 def nesterov(grad: Tensor, state: dict, momentum: float | Tensor) -> Tensor:
@@ -53,6 +51,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             "neuron_axis", and any hyperparameter of `defaults`); also (name, parameter) pairs.
         reduce: True: gradients differ by rank and the slot sums them. False: they are already
             reduced (DDP), the slot only shares the work.
+        reduce_dtype: in which gradients travel and are summed; None: their own. torch.bfloat16
+            halves the bytes and rounds every partial sum to 8 bits.
         compile: compile the update of each bucket; None: on CUDA, where it is worth it.
         hyperparameters: as in `defaults` of the class; an unknown one raises ValueError.
     """
@@ -63,12 +63,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     worth_compiling = True  # False where unrolled loops would compile for minutes
 
     def __init__(
-        self, params, *, reduce: bool = True, compile: bool | None = None, **hyperparameters
-    ) -> None:
+        self, params, *, reduce: bool = True, reduce_dtype: torch.dtype | None = None,
+        compile: bool | None = None, **hyperparameters,
+    ) -> None:  # fmt: skip
         self._buckets: list[Bucket] = []
+        self._reducer = Reducer(self._buckets, reduce_dtype)
         self._known = {**type(self).defaults}
         self._check_names(hyperparameters)
-        self.reduce = reduce
+        self.reduce, self.reduce_dtype = reduce, reduce_dtype
         self.world_size = dist.get_world_size() if grouped() else 1
         self.rank = dist.get_rank() if grouped() else 0
         super().__init__(params, {**self._known, **hyperparameters})
@@ -120,42 +122,57 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if (size := dist.get_world_size() if grouped() else 1) != self.world_size:
             raise ValueError(f"{size} ranks, {self.world_size} when this was built: build it again")
         self._check_gradients()
-        received = [self._launch_reduce(bucket) for bucket in self._buckets]
+        if self._reduces:
+            self._reducer.launch_rest()
         gathers = []
         for bucket in self._buckets:
-            grads, work, _held = received.pop(0)
-            if work is not None:
-                work.wait()
             bucket.hold_weights()
-            self._advance(bucket, grads)
-            gathers.append(self._launch_gather(bucket))
+            self._advance(bucket)
+            if self.world_size > 1:
+                mine = bucket.weights[self.rank]
+                gathers.append((all_gather(bucket.weights, mine), mine))
         for work, _held in gathers:
-            if work is not None:
-                work.wait()
+            work.wait()
+        self._reducer.clear()
         torch.autograd.graph.increment_version(self._parameters())  # autograd sees what was written
+
+    def before_last_backward(self) -> None:
+        """Optional, before a step's last backward(): reductions then start while it runs.
+
+        All ranks must call it for the same steps and use their parameters in the same order.
+        """
+        if self._reduces:
+            self._reducer.expect()
+
+    @property
+    def _reduces(self) -> bool:
+        return self.reduce and self.world_size > 1
 
     def reset(self) -> None:
         """Forgets all state, as if newly built; compiled code is kept."""
+        self._reducer.clear()
         for bucket in self._buckets:
             bucket.state = {}
 
-    def _advance(self, bucket: Bucket, received: Tensor | None) -> None:
-        """Steps the matrices that this rank owns, in parts; `received`: reduced gradients."""
+    def _advance(self, bucket: Bucket) -> None:
+        """Steps the matrices that this rank owns, in parts, last layers first: so they arrive."""
         count, shape = len(bucket.owned[self.rank]), bucket.params[0].shape
         if not bucket.state:
             bucket.state = self._new_state(bucket, count)
         hyperparameters = self._hyperparameters(bucket.group)
-        for part in even_parts(count, shape.numel() * bucket.wide.itemsize, PART_BYTES):
-            self._advance_part(bucket, slice(*part), received, hyperparameters)
+        for part in even_parts(count, shape.numel() * bucket.wide.itemsize, PART_BYTES)[::-1]:
+            self._advance_part(bucket, slice(*part), hyperparameters)
+        if self._reduces:
+            self._reducer.wait(bucket)
+            bucket.received = None
 
-    def _advance_part(
-        self, bucket: Bucket, part: slice, received: Tensor | None, hyperparameters: dict
-    ) -> None:
+    def _advance_part(self, bucket: Bucket, part: slice, hyperparameters: dict) -> None:
         """Steps some of the owned matrices; what it stacks is freed before the next."""
-        if received is None:
-            grads = torch.stack([bucket.params[i].grad for i in bucket.owned[self.rank][part]])
+        if self._reduces:
+            self._reducer.wait(bucket, part.start)
+            grads = bucket.received[part]
         else:
-            grads = received[part]
+            grads = torch.stack([bucket.params[i].grad for i in bucket.owned[self.rank][part]])
         state = {key: value[part] for key, value in bucket.state.items()}
         given = dict(state)
         inputs = (bucket.weights[self.rank, part], grads.to(bucket.wide), state, hyperparameters)
@@ -184,28 +201,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return chosen
         numbers = [k for k, default in self._known.items() if isinstance(default, float)]
         return chosen | {k: torch.as_tensor(chosen[k], dtype=torch.float32) for k in numbers}
-
-    # ---- the collectives --------------------------------------------------------------------
-
-    def _launch_reduce(self, bucket: Bucket) -> tuple[Tensor | None, dist.Work | None, Tensor]:
-        """Gradients of the owned matrices, valid after the wait; None: those of the parameters."""
-        if self.world_size == 1 or not self.reduce:
-            return None, None, None
-        places, grads = bucket.places(), [p.grad for p in bucket.params]
-        send = grads[0].new_zeros(self.world_size, bucket.slots, *grads[0].shape)
-        torch._foreach_copy_([send[places[i]] for i in range(len(grads))], grads)
-        received = torch.empty_like(send[0])
-        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13
-        work = scatter(received, send.flatten(0, 1), async_op=True)
-        return received, work, send
-
-    def _launch_gather(self, bucket: Bucket) -> tuple[dist.Work | None, Tensor]:
-        """Brings every rank's part of bucket.weights to all; padding travels, but is never read."""
-        mine = bucket.weights[self.rank]
-        if self.world_size == 1:
-            return None, mine
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13
-        return gather(bucket.weights.flatten(0, 1), mine, async_op=True), mine
 
     # ---- state, for any number of ranks -------------------------------------------------------
 
@@ -298,6 +293,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             bucket.owned = [[] for _ in range(self.world_size)]
             for i in range(len(bucket.params)):
                 bucket.owned[next(owners)].append(i)
+        self._reducer.clear()
+        self._reducer = Reducer(self._buckets, self.reduce_dtype)
 
     def _check_names(self, hyperparameters: dict) -> None:
         for name in hyperparameters.keys() - self._known.keys():
