@@ -144,6 +144,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._reduces:
             self._reducer.expect()
 
+    def traffic(self) -> dict[str, int]:
+        """Bytes that each rank sends in a step, padding included: to sum gradients, and to gather.
+
+        Of N ranks, (N - 1) / N of all matrices twice, as rings and direct exchanges both do it.
+        """
+        found = {"reduce": 0, "gather": 0}
+        for bucket in self._buckets:
+            like, ranks = bucket.params[0], self.world_size
+            numbers = (ranks - 1) * bucket.slots * like.numel()
+            found["reduce"] += numbers * (self.reduce_dtype or like.dtype).itemsize * self.reduce
+            found["gather"] += numbers * like.dtype.itemsize
+        return found
+
     @property
     def _reduces(self) -> bool:
         return self.reduce and self.world_size > 1

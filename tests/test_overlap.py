@@ -3,6 +3,7 @@
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,9 +100,38 @@ def scenario(rank: int, size: int) -> dict[str, Any]:
     collectives.PIECE_BYTES = 1
     found["float32"] = train("descent", rank, True, [])
     found["bfloat16"] = train("descent", rank, True, [], reduce_dtype=torch.bfloat16)
+    ways = (dict(), dict(reduce_dtype=torch.bfloat16), dict(reduce=False))
+    found["traffic"] = [traffic(how) for how in ways]
     counting(events := [])
     train("muon", rank, True, events)
     return found | dict(events=list(events), errors=errors(size))
+
+
+def traffic(how: dict) -> tuple[dict[str, int], dict[str, int]]:
+    """What the optimizer says that a step sends, and what a count of the collectives says."""
+    opt, counted = Muon(Net().groups(), dtype=torch.float32, **how), {"reduce": 0, "gather": 0}
+    ranks = opt.world_size
+
+    def counts(name: str, real: Callable) -> Callable:
+        def call(output: Tensor, given: Tensor, **more: Any) -> dist.Work:
+            whole = max(output, given, key=Tensor.numel)
+            counted[name] += whole.nbytes * (ranks - 1) // ranks
+            return real(output, given, **more)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kinds in dict(
+            reduce=("reduce_scatter_single", "reduce_scatter_tensor"),
+            gather=("all_gather_single", "all_gather_into_tensor"),
+        ).items():
+            for kind in kinds:
+                if hasattr(dist, kind):
+                    patch.setattr(dist, kind, counts(name, getattr(dist, kind)))
+        for p in opt._parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+    return opt.traffic(), counted
 
 
 def errors(size: int) -> list[str]:
@@ -191,6 +221,17 @@ def test_a_gradient_that_changes_after_it_was_sent_is_an_error(world: list[dict]
             assert rank["errors"] == ["", "", ""]
         for message in rank["errors"] if len(world) > 1 else ():
             assert "has changed since it was sent: call before_last_backward() before" in message
+
+
+def test_traffic_is_what_the_collectives_move(world: list[dict]) -> None:
+    """(N - 1) / N of the padded matrices each way: 4 bytes, or 2 of gradients in bfloat16."""
+    size = len(world)
+    for rank in world:
+        for said, counted in rank["traffic"]:
+            assert said == counted
+        plain, half, reduced = (said for said, _ in rank["traffic"])
+        assert plain["reduce"] == plain["gather"] == 2 * half["reduce"] == reduced["gather"]
+        assert reduced["reduce"] == 0 and (plain["gather"] > 0) == (size > 1)
 
 
 def test_gradients_summed_in_bfloat16_lead_to_nearly_the_same_weights(world: list[dict]) -> None:
