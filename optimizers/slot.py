@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .buckets import Bucket, even_parts, owners_by_cost
-from .collectives import Reducer, all_gather, grouped
+from .collectives import all_gather, grouped
+from .reducer import Reducer
 
 # What a parameter group may carry besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}

@@ -11,7 +11,6 @@ CEILINGS = {
     "optimizers/__init__.py": 25,
     "optimizers/polar.py": 95,
     "optimizers/slot.py": 350,
-    "optimizers/collectives.py": 150,
     "optimizers/diagnostics.py": 155,
     "records/log.py": 175,
     "records/run.py": 120,

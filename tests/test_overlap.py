@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conftest import on_ranks
 from torch import Tensor, nn
 
-from optimizers import OPTIMIZERS, collectives
+from optimizers import OPTIMIZERS, collectives, reducer
 from optimizers.muon import Muon
 from optimizers.slot import MatrixOptimizer
 
@@ -93,11 +93,11 @@ def scenario(rank: int, size: int) -> dict[str, Any]:
         dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for limit in (1, 10**9):
-        collectives.PIECE_BYTES = limit
+        reducer.PIECE_BYTES = limit
         for name in ("muon", "aurora", "adamw"):
             for early in (False, True):
                 found[name, early, limit] = train(name, rank, early, [])
-    collectives.PIECE_BYTES = 1
+    reducer.PIECE_BYTES = 1
     found["float32"] = train("descent", rank, True, [])
     found["bfloat16"] = train("descent", rank, True, [], reduce_dtype=torch.bfloat16)
     ways = (dict(), dict(reduce_dtype=torch.bfloat16), dict(reduce=False))
@@ -273,8 +273,8 @@ def test_hooks_keep_no_optimizer_alive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_at_most_a_few_inputs_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     late_work(monkeypatch)
-    monkeypatch.setattr(collectives, "PIECE_BYTES", 1)
-    monkeypatch.setattr(collectives, "IN_FLIGHT", 2)
+    monkeypatch.setattr(reducer, "PIECE_BYTES", 1)
+    monkeypatch.setattr(reducer, "IN_FLIGHT", 2)
     net = Net()
     opt, real, most = Muon(net.groups()), collectives.Piece.launch, []
 

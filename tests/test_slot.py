@@ -701,6 +701,24 @@ def test_a_step_needs_memory_for_one_part(
     assert peak_bytes(opt.step) > 2 * 16 * part, "the count does not see stacks"
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_reads_no_number_back(name: str) -> None:
+    """Each item() or nonzero() would wait for the GPU; the profiler sees them on the CPU, too."""
+
+    def called(call: Callable[[], object]) -> set[str]:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu) as profile:
+            call()
+        return {event.key for event in profile.key_averages()}
+
+    waits = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+    p, opt = ready(OPTIMIZERS[name])
+    for _ in range(2):
+        found = called(opt.step)
+        assert "aten::stack" in found and not found & waits
+    assert called(lambda: p.sum().item()) & waits
+
+
 def test_parts_of_one_size_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 squares in parts of 2 and 1: two graphs, though slices begin at different offsets."""
     graphs: list = []
