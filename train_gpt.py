@@ -636,11 +636,13 @@ class Trainer:
         rows = math.gcd(rows, len(inputs))  # equally many in all: one shape, one compilation
         yield from zip(inputs.split(rows), targets.split(rows), strict=True)
 
-    def forward_backward(self, tokens: Tensor, rows: int) -> Tensor:
+    def forward_backward(self, tokens: Tensor, rows: int, whole_step: bool = False) -> Tensor:
         """Adds the gradient of the summed loss of the rank's tokens; returns that loss."""
-        total = torch.zeros((), device=tokens.device)
-        for inputs, targets in self.microbatches(tokens, rows):
-            loss = self.model(inputs, targets)
+        total, batches = torch.zeros((), device=tokens.device), [*self.microbatches(tokens, rows)]
+        for batch in batches:
+            loss = self.model(*batch)
+            if whole_step and batch is batches[-1]:
+                self.matrix.before_last_backward()
             loss.backward()
             total += loss.detach()
         return total
@@ -720,11 +722,10 @@ class Trainer:
 
     def step(self, step: int, tokens: Tensor) -> Tensor:
         """One whole step on the rank's tokens; returns its loss, summed, before the step."""
-        tokens = tokens.to(torch.int32)
-        if self.world.device.type == "cuda":
-            tokens = tokens.pin_memory()  # a copy from pageable memory would wait for the device
+        tokens, device = tokens.to(torch.int32), self.world.device
+        tokens = tokens.pin_memory() if device.type == "cuda" else tokens  # so that no copy waits
         self.matrix.before_forward()
-        loss = self.forward_backward(tokens.to(self.world.device, non_blocking=True), self.rows)
+        loss = self.forward_backward(tokens.to(device, non_blocking=True), self.rows, True)
         self.optimizer_step(step)
         return loss
 

@@ -23,9 +23,7 @@ class Muon(MatrixOptimizer):
     polar.POLAR; entry #36 has quintic12) and dtype (of the polar factor's products).
     """
 
-    defaults = dict(
-        lr=0.025, weight_decay=0.05, momentum=0.95, polar="gram6", dtype=torch.bfloat16
-    )
+    defaults = dict(lr=0.025, weight_decay=0.05, momentum=0.95, polar="gram6", dtype=torch.bfloat16)
     choices = {"polar": POLAR}
 
     def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:

@@ -2,7 +2,7 @@
 
 Launching the kernels of a step takes the CPU longer than the GPU needs to run them. A graph is
 recorded once, from the same compiled code, on tensors that stay where they are: weights and state
-live in the slot, gradients are stacked into one buffer, and hyperparameters are read from 0-D
+live in the slot, gradients are copied into one buffer, and hyperparameters are read from 0-D
 tensors on the GPU. Whatever else changes (a tensor that moved, another method) records anew.
 """
 
@@ -22,8 +22,9 @@ class Numbers:
     def of(self, group: dict, names: list[str], device: torch.device) -> dict[str, Tensor]:
         for name in names:
             value = group[name]
-            if name not in self.tensors:
+            if name not in self.tensors or self.tensors[name].device != device:
                 self.tensors[name] = torch.empty((), dtype=torch.float32, device=device)
+                self.last.pop(name, None)
             if isinstance(value, Tensor):
                 self.tensors[name].copy_(value, non_blocking=True)
                 self.last.pop(name, None)
@@ -31,6 +32,22 @@ class Numbers:
                 self.tensors[name].fill_(value)
                 self.last[name] = value
         return dict(self.tensors)
+
+
+class Staging:
+    """Where the gradients of one part after the other stand, at one address for each type."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def put(self, grads: list[Tensor], dtype: torch.dtype, most: int) -> Tensor:
+        """These (k of (m, n)) as a stack; `most`: numbers in the largest that will come."""
+        key, size = (grads[0].device, dtype), sum(grad.numel() for grad in grads)
+        if key not in self.buffers or self.buffers[key].numel() < most:
+            self.buffers[key] = torch.empty(most, dtype=dtype, device=grads[0].device)
+        stack = self.buffers[key][:size].view(len(grads), *grads[0].shape)
+        torch._foreach_copy_(list(stack), grads)
+        return stack
 
 
 class Replay:
@@ -47,7 +64,7 @@ class Replay:
 
     def __call__(self, weights: Tensor, grads: Tensor, state: dict, group: dict) -> None:
         held = (weights, grads, *state.values(), *group.values())
-        known = [(x.data_ptr(), x.shape) if isinstance(x, Tensor) else x for x in held]
+        known = [(x.data_ptr(), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in held]
         if self.graph is not None and known == self.known:
             self.graph.replay()
             return

@@ -5,8 +5,10 @@ equal-shaped matrices. The slot buckets parameters by shape, deals whole matrice
 (largest first), sums gradients over ranks, steps the owned matrices and gathers the results.
 One step, three loops:
 
-    1. for each bucket: launch the reduce_scatter of its gradients to their owners
-    2. for each bucket: wait for it, update the owned matrices, launch the all_gather of the weights
+    1. for each piece of a bucket: launch the reduce_scatter of its gradients to their owners;
+       before_last_backward() lets that happen during the backward pass
+    2. for each bucket: update the owned matrices, each part after its gradients have been waited
+       for, and launch the all_gather of the weights
     3. for each bucket: wait for it
 
 The parameters of a bucket are views of one buffer, each rank's side by side: what is updated and
@@ -17,53 +19,24 @@ collectives. Inputs and Work handles of asynchronous collectives are held until 
 `state_dict` gathers the state of all matrices on every rank: any number of ranks can load it.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .replay import Numbers, Replay
+from .buckets import Bucket, even_parts, owners_by_cost
+from .checks import check_names, check_values
+from .collectives import all_gather, grouped
+from .reducer import Reducer
+from .replay import Replay, Staging
 
 # What a parameter group may carry besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
-
-
-@dataclass
-class Bucket:
-    """Parameters of one group with one shape, and who owns which."""
-
-    group: dict
-    params: list[Tensor]  # K of (m, n)
-    owned: list[list[int]] = field(default_factory=list)  # per rank: indices into params
-    state: dict[str, Tensor] = field(default_factory=dict)  # of this rank's matrices: (k, ...)
-    weights: Tensor | None = None  # (ranks, slots, m, n); `cells` are its parts, by parameter
-    cells: list[Tensor] = field(default_factory=list)
-    grads: Tensor | None = None
-    numbers: Numbers = field(default_factory=Numbers)
-    replay: Replay | None = None
-
-    @property
-    def slots(self) -> int:
-        """Matrices per rank in a communication buffer; ranks that own fewer leave padding."""
-        return max(map(len, self.owned))
-
-
-def grouped() -> bool:
-    """Whether this process is a rank of a group."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def owners_by_cost(costs: list[float], ranks: int) -> list[int]:
-    """The owner of each item: largest cost first, each to the rank with the least so far."""
-    load, owners = [0.0] * ranks, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = min(range(ranks), key=load.__getitem__)
-        load[owners[i]] += costs[i]
-    return owners
+# Of fp32 gradients stacked and stepped at a time: half of the largest bucket of the 124M model, so
+# that a step needs little beyond it and batched products still fill the device (issue 4).
+PART_BYTES = 60 * 2**20
 
 
 def nesterov(grad: Tensor, state: dict, momentum: float | Tensor) -> Tensor:
@@ -80,6 +53,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             "neuron_axis", and any hyperparameter of `defaults`); also (name, parameter) pairs.
         reduce: True: gradients differ by rank and the slot sums them. False: they are already
             reduced (DDP), the slot only shares the work.
+        reduce_dtype: in which gradients travel and are summed; None: their own. torch.bfloat16
+            halves the bytes and rounds every partial sum to 8 bits.
         compile: compile the update of each bucket; None: on CUDA, where it is worth it.
         hyperparameters: as in `defaults` of the class; an unknown one raises ValueError.
     """
@@ -90,12 +65,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     worth_compiling = True  # False where unrolled loops would compile for minutes
 
     def __init__(
-        self, params, *, reduce: bool = True, compile: bool | None = None, **hyperparameters
-    ) -> None:
+        self, params, *, reduce: bool = True, reduce_dtype: torch.dtype | None = None,
+        compile: bool | None = None, **hyperparameters,
+    ) -> None:  # fmt: skip
         self._buckets: list[Bucket] = []
+        self._reducer, self._staging = Reducer([], reduce_dtype), Staging()
         self._known = {**type(self).defaults}
-        self._check_names(hyperparameters)
-        self.reduce = reduce
+        check_names(type(self), hyperparameters)
+        self.reduce, self.reduce_dtype = reduce, reduce_dtype
         self.world_size = dist.get_world_size() if grouped() else 1
         self.rank = dist.get_rank() if grouped() else 0
         super().__init__(params, {**self._known, **hyperparameters})
@@ -108,7 +85,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # ---- the seam: what an optimizer writes -------------------------------------------------
 
     def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-        """Direction of a stack: grad (k, m, n) -> (k, m, n); may change `state`, never `grad`."""
+        """Direction of a stack: grad (k, m, n) -> (k, m, n); `grad` is never changed.
+
+        `state` may be changed, in place: its tensors are views of the state of a larger stack.
+        """
         raise NotImplementedError
 
     def scale(self, direction: Tensor, weight: Tensor, group: dict) -> float | Tensor:
@@ -120,7 +100,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return weight * (1 - group["lr"] * group["weight_decay"])
 
     def init_state(self, grad: Tensor) -> dict[str, Tensor]:
-        """State of a stack before its first step; leading size k, as in grad (k, m, n)."""
+        """State of a stack before its first step; leading size k, as in `grad` (k, m, n), zeros."""
         return {"momentum": torch.zeros_like(grad)}
 
     def cost(self, shape: torch.Size, group: dict) -> float:
@@ -144,52 +124,100 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if (size := dist.get_world_size() if grouped() else 1) != self.world_size:
             raise ValueError(f"{size} ranks, {self.world_size} when this was built: build it again")
         self._check_gradients()
-        reductions = [self._launch_reduce(bucket) for bucket in self._buckets]
+        if self._reduces:
+            self._reducer.launch_rest()
         gathers = []
         for bucket in self._buckets:
-            grads, work, _held = reductions.pop(0)
-            if work is not None:
-                work.wait()
-            self._hold_weights(bucket)
-            self._advance(bucket, grads)
-            gathers.append(self._launch_gather(bucket))
+            bucket.hold_weights()
+            self._advance(bucket)
+            if self.world_size > 1:
+                mine = bucket.weights[self.rank]
+                gathers.append((all_gather(bucket.weights, mine), mine))
         for work, _held in gathers:
-            if work is not None:
-                work.wait()
+            work.wait()
+        self._reducer.clear()
         torch.autograd.graph.increment_version(self._parameters())  # autograd sees what was written
 
-    def reset(self) -> None:
-        """Forgets all state, as if newly built; compiled code is kept."""
+    def before_last_backward(self) -> None:
+        """Optional, before a step's last backward(): reductions then start while it runs.
+
+        All ranks must call it for the same steps and use their parameters in the same order.
+        """
+        if self._reduces:
+            self._reducer.expect()
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that each rank sends in a step, padding included: to sum gradients, and to gather.
+
+        Of N ranks, (N - 1) / N of all matrices twice, as rings and direct exchanges both do it.
+        """
+        found = {"reduce": 0, "gather": 0}
         for bucket in self._buckets:
-            bucket.state = {}
+            like, ranks = bucket.params[0], self.world_size
+            numbers = (ranks - 1) * bucket.slots * like.numel()
+            found["reduce"] += numbers * (self.reduce_dtype or like.dtype).itemsize * self.reduce
+            found["gather"] += numbers * like.dtype.itemsize
+        return found
 
-    def _hold_weights(self, bucket: Bucket) -> None:
-        """Makes the parameters views of bucket.weights, unless they are."""
-        pairs = list(zip(bucket.params, bucket.cells, strict=bucket.weights is not None))
-        if pairs and all(p.data_ptr() == cell.data_ptr() for p, cell in pairs):
-            return
-        bucket.weights = self._buffer(bucket, bucket.params[0].dtype)
-        bucket.cells = self._cells(bucket, bucket.weights)
-        for p, cell in zip(bucket.params, bucket.cells, strict=True):
-            p.data = cell.copy_(p)
+    @property
+    def _reduces(self) -> bool:
+        return self.reduce and self.world_size > 1
 
-    def _advance(self, bucket: Bucket, grads: Tensor) -> None:
-        """Steps the matrices that this rank owns, with their gradients (k, m, n); k may be 0."""
-        mine = bucket.owned[self.rank]
-        grads = grads.to(torch.promote_types(grads.dtype, torch.float32))
-        if not bucket.state:
-            bucket.state = self.init_state(grads)
-        if not mine:
-            return
-        weights = bucket.weights[self.rank, : len(mine)]
-        inputs = (weights, grads, bucket.state, self._hyperparameters(bucket))
-        if not self.compiled:
-            self._maths(*inputs)
-            return
-        if bucket.replay is None:
-            bucket.replay = Replay(self._maths) if weights.is_cuda else self._maths
-        with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
-            bucket.replay(*inputs)
+    def reset(self) -> None:
+        """Forgets all state, as if newly built; compiled code and recorded graphs are kept."""
+        self._reducer.clear()
+        for bucket in self._buckets:
+            bucket.reset()
+
+    def _advance(self, bucket: Bucket) -> None:
+        """Steps the matrices that this rank owns, in parts, last layers first: so they arrive."""
+        bucket.state = bucket.state or self._new_state(bucket)
+        hyperparameters = self._hyperparameters(bucket)
+        for part in self._parts(bucket)[::-1]:
+            self._advance_part(bucket, slice(*part), hyperparameters)
+        if self._reduces:
+            self._reducer.wait(bucket)
+            bucket.received = None
+
+    def _parts(self, bucket: Bucket) -> list[tuple[int, int]]:
+        each = bucket.params[0].numel() * bucket.wide.itemsize
+        return even_parts(len(bucket.owned[self.rank]), each, PART_BYTES)
+
+    def _advance_part(self, bucket: Bucket, part: slice, hyperparameters: dict) -> None:
+        """Steps some of the owned matrices; what it stacks makes room for the next."""
+        state = {key: value[part] for key, value in bucket.state.items()}
+        given, maths = dict(state), self._maths
+        weights, grads = bucket.weights[self.rank, part], self._gradients(bucket, part)
+        if self._graphs(bucket):
+            maths = bucket.replays.setdefault(part.start, Replay(maths))
+        if self.compiled:
+            with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
+                maths(weights, grads, state, hyperparameters)
+        else:
+            maths(weights, grads, state, hyperparameters)
+        kept = state.keys() == given.keys() and all(state[key] is given[key] for key in given)
+        assert kept, f"{type(self).__name__}.update must change its state in place"
+
+    def _graphs(self, bucket: Bucket) -> bool:
+        """Whether its steps are replayed as CUDA graphs: then all that they read stays in place."""
+        return self.compiled and bucket.params[0].is_cuda
+
+    def _gradients(self, bucket: Bucket, part: slice) -> Tensor:
+        """Of a part of the owned matrices, (k, m, n) in the bucket's wide type."""
+        if self._reduces:
+            self._reducer.wait(bucket, part.start)
+            grads = bucket.received[part]
+        else:
+            grads = [bucket.params[i].grad for i in bucket.owned[self.rank][part]]
+        if self._graphs(bucket):
+            counts = ((b, end - start) for b in self._buckets for start, end in self._parts(b))
+            most = max(count * b.params[0].numel() for b, count in counts)
+            return self._staging.put(list(grads), bucket.wide, most)
+        return (grads if self._reduces else torch.stack(grads)).to(bucket.wide)
+
+    def _new_state(self, bucket: Bucket) -> dict[str, Tensor]:
+        like = bucket.params[0].new_zeros(1, *bucket.params[0].shape, dtype=bucket.wide)
+        return bucket.filled(self.init_state(like), len(bucket.owned[self.rank]))
 
     def _step_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         direction = self.update(grad, state, group).to(grad.dtype)
@@ -205,41 +233,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return chosen
         numbers = [k for k, default in self._known.items() if isinstance(default, float)]
         return chosen | bucket.numbers.of(chosen, numbers, bucket.params[0].device)
-
-    # ---- the collectives --------------------------------------------------------------------
-
-    def _launch_reduce(self, bucket: Bucket) -> tuple[Tensor, dist.Work | None, Tensor | None]:
-        """Gradients of the owned matrices (k, m, n), valid once the Work was waited for."""
-        grads, mine = [p.grad for p in bucket.params], bucket.owned[self.rank]
-        shape = grads[0].shape
-        if self.world_size == 1 or not self.reduce:
-            if bucket.grads is None:
-                bucket.grads = grads[0].new_empty(len(mine), *shape)
-            owned = torch.stack([grads[i] for i in mine], out=bucket.grads) if mine else grads[0].new_empty(0, *shape)
-            return owned, None, None
-        send = self._buffer(bucket)
-        torch._foreach_copy_(self._cells(bucket, send), grads)
-        received = torch.empty_like(send[0])
-        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13
-        work = scatter(received, send.flatten(0, 1), async_op=True)
-        return received[: len(mine)], work, send
-
-    def _launch_gather(self, bucket: Bucket) -> tuple[dist.Work | None, Tensor]:
-        """Brings every rank's part of bucket.weights to all; padding travels, but is never read."""
-        mine = bucket.weights[self.rank]
-        if self.world_size == 1:
-            return None, mine
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13
-        return gather(bucket.weights.flatten(0, 1), mine, async_op=True), mine
-
-    def _buffer(self, bucket: Bucket, dtype: torch.dtype | None = None) -> Tensor:
-        shape = (self.world_size, bucket.slots, *bucket.params[0].shape)
-        return bucket.params[0].new_zeros(shape, dtype=dtype or bucket.params[0].grad.dtype)
-
-    def _cells(self, bucket: Bucket, buffer: Tensor) -> list[Tensor]:
-        """Where each parameter's matrix stands in a (world, slots, m, n) buffer."""
-        place = {i: (r, s) for r, mine in enumerate(bucket.owned) for s, i in enumerate(mine)}
-        return [buffer[place[i]] for i in range(len(bucket.params))]
 
     # ---- state, for any number of ranks -------------------------------------------------------
 
@@ -281,19 +274,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "comes from another optimizer or model"
                 )
         for group, saved in zip(self.param_groups, groups, strict=True):
-            self._check_values(group | saved)  # of all groups, before anything changes
+            check_values(type(self), group | saved)  # of all groups, before anything changes
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
         self.deal()
         order = {p: i for i, p in enumerate(self._parameters())}
         for bucket in self._buckets if state else ():
             owned = [state[order[bucket.params[i]]] for i in bucket.owned[self.rank]]
-            like = bucket.params[0]
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            empty = self.init_state(like.new_zeros(0, *like.shape, dtype=dtype))
-            for key, like in empty.items():
-                stack = [saved[key].to(like) for saved in owned]
-                bucket.state[key] = torch.stack(stack) if stack else like
+            bucket.state = self._new_state(bucket)
+            for key, stack in bucket.state.items():
+                for place, saved in zip(stack, owned, strict=True):
+                    place.copy_(saved[key])
 
     def __reduce_ex__(self, protocol) -> None:
         raise TypeError("an optimizer is not copied: build a new one and load state_dict() into it")
@@ -304,7 +295,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # ---- what may come in -------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict) -> None:
-        self._check_names({k: v for k, v in param_group.items() if k not in TAGS})
+        check_names(type(self), param_group.keys() - TAGS)
         if any(bucket.state for bucket in self._buckets):
             raise ValueError("a group cannot be added after the first step: momentum would be lost")
         super().add_param_group(param_group)
@@ -317,9 +308,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def deal(self) -> None:
         """Deals all parameters to ranks, without state; again if hyperparameters were replaced."""
-        self._buckets = []
+        buckets: list[Bucket] = []
         for group in self.param_groups:
-            self._check_values(group)
+            check_values(type(self), group)
             by_kind: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.ndim != 2 or p.numel() == 0:
@@ -328,41 +319,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
                         f"{tuple(p.shape)}: give it to torch.optim.AdamW instead"
                     )
                 by_kind.setdefault((p.shape, p.dtype, p.device), []).append(p)
-            self._buckets += [Bucket(group, params) for params in by_kind.values()]
-        costs = [self.cost(p.shape, b.group) for b in self._buckets for p in b.params]
+            buckets += [Bucket(group, params) for params in by_kind.values()]
+        costs = [self.cost(p.shape, b.group) for b in buckets for p in b.params]
         owners = iter(owners_by_cost(costs, self.world_size))
-        for bucket in self._buckets:
+        for bucket in buckets:
             bucket.owned = [[] for _ in range(self.world_size)]
             for i in range(len(bucket.params)):
                 bucket.owned[next(owners)].append(i)
-
-    def _check_names(self, hyperparameters: dict) -> None:
-        for name in hyperparameters.keys() - self._known.keys():
-            raise ValueError(
-                f"{type(self).__name__} has no hyperparameter {name!r}: it takes "
-                f"{', '.join(sorted(self._known))}"
-            )
-
-    def _check_values(self, group: dict) -> None:
-        """Rates and decays are 0 or more, momenta below 1, counts 1 or more, words are known."""
-        for name, default in {**self._known, "neuron_axis": None}.items():
-            value, expected = group.get(name, default), ""
-            numeric = isinstance(value, int | float | Tensor)
-            if name in self.choices or name == "neuron_axis":
-                known = tuple(self.choices.get(name, (0, 1, None)))
-                expected = "" if value in known else f"one of {', '.join(map(str, known))}"
-            elif isinstance(default, float):
-                limit = 1.0 if name.startswith(("momentum", "beta")) else math.inf
-                least = self.least.get(name, 0)
-                inside = numeric and least <= value < limit
-                expected = "" if inside else f"{least} or more, below {limit}"
-            elif isinstance(default, torch.dtype):
-                known = isinstance(value, torch.dtype) and value.is_floating_point
-                expected = "" if known else "a floating torch.dtype"
-            elif isinstance(default, int):
-                expected = "" if isinstance(value, int) and value >= 1 else "1 or more"
-            if expected:
-                raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {expected}")
+        self.reset()
+        same = {bucket: old for bucket in buckets for old in self._buckets if old.deals_as(bucket)}
+        self._buckets = [same.get(bucket, bucket) for bucket in buckets]
+        self._reducer = Reducer(self._buckets, self.reduce_dtype)
 
     def _check_gradients(self) -> None:
         for bucket in self._buckets:

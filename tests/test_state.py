@@ -331,7 +331,7 @@ def test_values_at_the_edge_are_taken(name: str) -> None:
 # ---- under DistributedDataParallel -------------------------------------------------------------
 
 
-def trained(rank: int, size: int) -> dict[str, list[Tensor]]:
+def trained(rank: int, size: int, view: bool = False) -> dict[str, list[Tensor]]:
     """Six steps of a small MLP: with ranks under DDP, each on its part of the batch."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -343,24 +343,32 @@ def trained(rank: int, size: int) -> dict[str, list[Tensor]]:
         how = dict(dtype=torch.float32) if "dtype" in OPTIMIZERS[name].defaults else {}
         groups = [dict(params=[fc], neuron_axis=0), dict(params=[proj], neuron_axis=1)]
         opt = OPTIMIZERS[name](groups, reduce=False, lr=0.02, **how)
-        net = nn.parallel.DistributedDataParallel(model) if size > 1 else model
+        ddp, how = nn.parallel.DistributedDataParallel, dict(gradient_as_bucket_view=view)
+        net = ddp(model, **how) if size > 1 else model
         for step in range(6):
             x, y = tensor(32, 6, seed=step), tensor(32, 6, seed=100 + step)
             mine = slice(rank * 32 // size, (rank + 1) * 32 // size)
             net.zero_grad()
+            opt.before_last_backward()  # DDP reduces: this does nothing
             nn.functional.mse_loss(net(x[mine]), y[mine]).backward()
             opt.step()
         found[name] = weights(opt)
     return found
 
 
-def test_under_ddp_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> None:
-    """DDP has averaged the gradients: reduce=False. To float32 rounding, 1e-4 of the movement."""
+@pytest.mark.parametrize("view", [False, True])
+def test_under_ddp_two_ranks_train_as_one_process_on_the_joint_batch(
+    view: bool, tmp_path: Path
+) -> None:
+    """DDP has averaged the gradients: reduce=False. To float32 rounding, 1e-4 of the movement.
+
+    They may be views of its buffers (gradient_as_bucket_view): the slot only reads them.
+    """
     torch.manual_seed(0)
     start = [p.detach() for p in nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 6))
              .parameters() if p.ndim == 2]  # fmt: skip
     alone = trained(0, 1)
-    first, second = on_ranks(2, trained, tmp_path, seconds=90)
+    first, second = on_ranks(2, trained, tmp_path, view, seconds=90)
     for name in OPTIMIZERS:
         assert same(first[name], second[name])
         for W, a, b in zip(start, alone[name], first[name], strict=True):

@@ -44,11 +44,11 @@ def run(config: train_gpt.Config) -> str:
 def out_of_memory_above(rows_that_fit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     tried, real = [], train_gpt.Trainer.forward_backward
 
-    def forward_backward(self, tokens, rows):
+    def forward_backward(self, tokens, rows, *how):
         tried.append(rows)
         if rows > rows_that_fit:
             raise torch.OutOfMemoryError("simulated")
-        return real(self, tokens, rows)
+        return real(self, tokens, rows, *how)
 
     monkeypatch.setattr(train_gpt.Trainer, "forward_backward", forward_backward)
     return tried
