@@ -4,18 +4,19 @@ Aurora's update is feasible, not the best: this one climbs tr(X^T U) over all U 
 orthonormal columns and rows of norm sqrt(n/m), by projected gradient steps from U = polar(X):
 
     B = sym(U^T X),  P = U U^T,  q = diag(X U^T) - diag(U B U^T)
-    lam solves (diag(P) - P * P) lam = q        by conjugate gradients; P * P elementwise
+    lam solves (diag(P P) - P * P) lam = q        by conjugate gradients; P * P elementwise
     Z = X - U (B - U^T diag(lam) U) - diag(lam) U        X in the tangent space of both constraints
     U <- retract(U + eta Z)        rows to sqrt(n/m), then the polar factor, retractions times
 
-Z has the units of X, so X enters with the norm of U, sqrt(n): then scale does not matter. diag(P) -
-P * P is the exact operator, the Laplacian of a graph: positive semidefinite for any U, and q has no
-part in its null space, as its sum is 0. The authors' release has a shifted constant in place of
-diag(P), takes X at its own scale, and crashes for m != n.
+Z has the units of X, so X enters with the norm of U, sqrt(n): then scale does not matter. diag(P P)
+holds the row sums of P * P, so that the operator is the Laplacian of a graph: positive semidefinite
+for any U, and q has no part in its null space, as its sum is 0. For orthonormal U it is diag(P); at
+gram6's singular values, 0.1% off 1, that had negative curvature, and lam came out as 1e28. The
+authors' release has a shifted constant instead, takes X at its own scale, and crashes for m != n.
 
 Source: arXiv 2606.27715, aurora-release src/riemannian_aurora.py, as described in aurora.md 1.5.
 Memory: Muon's. FLOPs: 1 + climbs x retractions polar factors (7), climbs x cg_steps products with
-P * P (60) at 4 m n^2, 8 m n^2 more for each climb: 12 times Muon's in all at 4x.
+P * P (60) at 4 m n^2, 12 m n^2 more for each climb: 12 times Muon's in all at 4x and quintic12.
 """
 
 import torch
@@ -34,8 +35,9 @@ def row_dot(A: Tensor, B: Tensor) -> Tensor:
 
 
 def solve_laplacian(U: Tensor, q: Tensor, steps: int) -> Tensor:
-    """(diag(P) - P * P)^+ q, P = U U^T never formed; U (k, m, n), q (k, m, 1) of sum 0."""
-    diagonal, lam, r, p = row_dot(U, U), torch.zeros_like(q), q, q
+    """(diag(P P) - P * P)^+ q, P = U U^T never formed; U (k, m, n), q (k, m, 1) of sum 0."""
+    diagonal = row_dot(U @ (U.mT @ U), U)
+    lam, r, p = torch.zeros_like(q), q, q
     rr = r.square().sum(dim=-2, keepdim=True)
     solved = torch.finfo(q.dtype).eps ** 2 * rr  # beyond it the quotients are of rounding errors
     flat = max(1e-6, torch.finfo(U.dtype).eps)  # less curvature than that is rounding, too
@@ -72,11 +74,12 @@ class RiemannianAurora(Aurora):
     """Aurora by climbing.
 
     Hyperparameters: Muon's and Aurora's balance; climbs, step_size (eta), cg_steps of each climb
-    and retractions after it.
+    and retractions after it. `polar` is quintic12: where few rows are connected, lam is a ratio of
+    two small numbers and needs U^T U = I. With gram6 rows from 1e-15 to 1e5 turned it round.
     """
 
     defaults = Muon.defaults | dict(
-        balance="both", climbs=3, step_size=0.1, cg_steps=20, retractions=2
+        polar="quintic12", balance="both", climbs=3, step_size=0.1, cg_steps=20, retractions=2
     )
     worth_compiling = False  # 60 steps of conjugate gradients in a row
 
@@ -90,5 +93,5 @@ class RiemannianAurora(Aurora):
         return U
 
     def polar_factors(self, group: dict) -> float:
-        products = 4 * group["cg_steps"] + 8  # times m n^2; a polar factor has 54 m n^2 at 4x
+        products = 4 * group["cg_steps"] + 12  # times m n^2; a polar factor has 54 m n^2 at 4x
         return 1 + group["climbs"] * (group["retractions"] + products / 54)

@@ -175,11 +175,24 @@ def test_zero_rows_get_no_update_and_the_others_do(
 
 @pytest.mark.parametrize("name", ["muon", "aurora", "riemannian"])
 def test_rounding_fills_the_missing_directions_of_a_low_rank_gradient(name: str) -> None:
-    """aurora.md 1.7, row 13: the exact update has rank 4, in bfloat16 it has not."""
+    """aurora.md 1.7, row 13: the exact update has rank 4, quintic12's in bfloat16 has not.
+
+    gram6 rounds less: in float32, as on the CPU, nothing is filled; in float16 a part is.
+    """
     X = gaussian(256, 4) @ gaussian(4, 64, seed=1)
-    rough, exact = sigma(direction(name, X.float())), sigma(direction(name, X, **EXACT))
+    exact, rough, fine, half = (
+        sigma(direction(name, G, **how))
+        for G, how in (
+            (X, EXACT),
+            (X.float(), dict(polar="quintic12", dtype=torch.bfloat16)),
+            (X.float(), dict(polar="gram6", dtype=torch.float32)),
+            (X.float(), dict(polar="gram6", dtype=torch.float16)),
+        )
+    )
     assert exact[3] > 0.99 and exact[4] < 1e-6
     assert rough[3] > 0.9 and rough[10] > 0.1
+    if name != "riemannian":  # which makes a polar factor of what was filled, six times
+        assert min(fine[3], half[3]) > 0.99 and fine[4] < 1e-3 < half[10] < rough[10]
 
 
 @every
@@ -327,15 +340,19 @@ def test_riemannian_goes_further_along_the_momentum_with_rows_as_even(make) -> N
 
 @in_every_precision
 def test_riemannian_works_on_both_orientations_and_square_is_muon(dtype: torch.dtype) -> None:
-    """The released code crashes on every matrix that is not square: it mixes types."""
+    """The released code crashes on every matrix that is not square: it mixes types.
+
+    In bfloat16 either orientation is 0.009 to 0.012 from the exact direction (seeds 0 to 7), hence
+    0.015. On square matrices it is Muon with the same polar factor.
+    """
     tall = uneven(48, 12).float()
     U = direction("riemannian", tall, dtype=dtype, neuron_axis=0)
     wide = direction("riemannian", tall.T.contiguous(), dtype=dtype, neuron_axis=1)
-    assert error(wide.T, U) < 0.01 and cv(U) < 0.1 < cv(direction("muon", tall, dtype=dtype))
+    assert error(wide.T, U) < 0.015 and cv(U) < 0.1 < cv(direction("muon", tall, dtype=dtype))
     square = uneven(12, 12).float()
     for axis in (0, 1, None):
         found = direction("riemannian", square, dtype=dtype, neuron_axis=axis)
-        assert torch.equal(found, direction("muon", square, dtype=dtype))
+        assert torch.equal(found, direction("muon", square, dtype=dtype, polar="quintic12"))
 
 
 def test_more_climbs_go_further_and_even_out_rows() -> None:
@@ -347,16 +364,17 @@ def test_more_climbs_go_further_and_even_out_rows() -> None:
     assert spread == sorted(spread, reverse=True) and spread[-1] < 1e-4
 
 
+@pytest.mark.parametrize("method", ["quintic12", "gram6"])
 @in_every_precision
-def test_riemannian_never_turns_round(dtype: torch.dtype) -> None:
+def test_riemannian_never_turns_round(dtype: torch.dtype, method: str) -> None:
     """Of one row that is not zero P is a projection, and the system for lam has only rounding.
 
     bfloat16 products solved it: lam was the ratio of two errors, and the update the negative of
-    the polar factor.
+    the polar factor. With gram6, 0.1% off, diag(P) - P * P had negative curvature: lam was nan.
     """
     for seed in range(10):
         X = gaussian(48, 12, seed=seed) * (torch.arange(48) < 1 + 4 * (seed % 2))[:, None]
-        U = direction("riemannian", X.float(), dtype=dtype).double()
+        U = direction("riemannian", X.float(), dtype=dtype, polar=method).double()
         assert (X * U).sum() > 0.98 * sigma(X).sum()
 
 
