@@ -686,6 +686,7 @@ def test_a_step_needs_memory_for_one_part(
     """It stacked the gradients of all buckets, 340 MB of the 124M model, before the first update.
 
     Eager float32 needs some copies of a part: here a bucket is 16 parts, all gradients are 32.
+    1% is for what has one number a row or a matrix: gram6 scales each matrix, Aurora each row.
     """
     params = [[torch.nn.Parameter(torch.ones(*shape)) for _ in range(16)]
               for shape in ((256, 64), (64, 256))]  # fmt: skip
@@ -696,7 +697,7 @@ def test_a_step_needs_memory_for_one_part(
     for p in parameters(opt):
         p.grad = torch.randn_like(p)
     opt.step()
-    assert part <= peak_bytes(opt.step) <= copies * part
+    assert part <= peak_bytes(opt.step) <= 1.01 * copies * part
     monkeypatch.setattr(slot, "PART_BYTES", 16 * part)
     assert peak_bytes(opt.step) > 2 * 16 * part, "the count does not see stacks"
 
