@@ -61,10 +61,9 @@ class Aurora(MatrixOptimizer):
     """Muon with evened-out neurons.
 
     Hyperparameters: those of Muon; rounds (K), exponent (beta; 0: the best for the shape), clamp,
-    and balance: which MLP matrices to even out, "fc" (neurons are rows), "proj" (neurons are
-    columns) or "both". Which axis holds the neurons is said by the group, neuron_axis=0 (rows), 1
-    (columns) or None (no MLP matrix: plain Muon); a group that says nothing gets its longer side,
-    as in the authors' code.
+    and balance: the MLP matrices to even out, "fc" (neurons are rows), "proj" (columns) or "both".
+    A group's neuron_axis says where the neurons are: 0 (rows), 1 (columns) or None (no MLP matrix:
+    plain Muon); a group that says nothing gets its longer side, as in the authors' code.
     """
 
     defaults = Muon.defaults | dict(rounds=2, exponent=0.5, clamp=64.0, balance="both")
@@ -84,10 +83,8 @@ class Aurora(MatrixOptimizer):
         return balanced_polar(X, *how)
 
     def balanced_axis(self, shape: torch.Size, group: dict) -> int | None:
-        """The axis whose norms are evened out, or None where the plain polar factor is right.
-
-        Along its shorter side a polar factor is even already; a square one leaves no freedom.
-        """
+        """The axis whose norms are evened out, or None where the plain polar factor is right:
+        along its shorter side it is even already, and a square one leaves no freedom."""
         long = None if shape[-2] == shape[-1] else int(shape[-1] > shape[-2])
         axis = group.get("neuron_axis", long)
         return axis if axis == long and axis in BALANCED_AXES[group["balance"]] else None

@@ -6,7 +6,7 @@ X (k, n, m) with n <= m, singular values s <= 1. An odd polynomial step
 
 needs X only through R: W and R commute, so that the next R is W R W, and the factors of several
 steps can be gathered in Q = ... W W before they meet X: products of n x n matrices, all symmetric
-(kernels.py), instead of n x m. Rounding spoils the small eigenvalues of R as they grow, so after
+(products.py), instead of n x m. Rounding spoils the small eigenvalues of R as they grow, so after
 every second step X <- Q X and R are made anew; with three steps in between, spectra like 1/i came
 out several times too long. R also gives a tight bound of the largest singular value, |R|_F^(1/2),
 which saves the two steps that the Frobenius norm of X costs on flat spectra.
@@ -20,7 +20,7 @@ Source: Gram Newton-Schulz (dao-lab.ai/blog/2026/gram-newton-schulz); aurora.md 
 import torch
 from torch import Tensor
 
-from .kernels import symmetric_product
+from .products import symmetric_product
 
 # Minimax quintics (Remez) for singular values in [1e-3, 1], one after the other on the range that
 # the last one left; each but the last takes arguments 1% beyond its range, for rounding. Ends in

@@ -1,4 +1,4 @@
-"""optimizers/kernels.py: the Triton kernel, run by Triton's interpreter, against PyTorch."""
+"""optimizers/products.py: the Triton kernel, run by its interpreter, against PyTorch."""
 
 import sys
 from pathlib import Path
@@ -8,12 +8,14 @@ import torch
 from conftest import in_fresh_python
 from torch import Tensor
 
-from optimizers.kernels import kernel_runs, symmetric_by_torch, symmetric_product
+from optimizers.kernels import kernel_runs
+from optimizers.products import symmetric_by_torch, symmetric_product
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARE = """
 import torch
-from optimizers.kernels import symmetric_by_torch, symmetric_by_triton
+from optimizers.kernels import symmetric_by_triton
+from optimizers.products import symmetric_by_torch
 for dtype in (torch.float16,):  # the interpreter of Triton 3.6 misreads bfloat16
     for k, n, p in ((2, 256, 192), (1, 200, 80), (3, 136, 304), (2, 8, 16)):
         X = torch.randn(k, p, n, generator=torch.Generator().manual_seed(n)).to(dtype)
