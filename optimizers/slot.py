@@ -12,7 +12,8 @@ One step, three loops:
     3. for each bucket: wait for it
 
 The parameters of a bucket are views of one buffer, each rank's side by side: what is updated and
-gathered is in place. A parameter that was moved elsewhere (p.data = ...) is brought back.
+gathered is in place. A parameter that was moved elsewhere (p.data = ...) is brought back. Compiled
+on a GPU, each part is replayed as a CUDA graph (replay.py): state and gradients stay in place, too.
 
 Momentum lives on the owner only (ZeRO-1). Without a process group the same code runs without
 collectives. Inputs and Work handles of asynchronous collectives are held until waited for.

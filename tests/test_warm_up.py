@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_replay import Graph, fake
 
 import train_gpt
 from optimizers import OPTIMIZERS, Muon
@@ -101,6 +102,19 @@ def test_ranks_that_differ_in_one_bit_are_seen_and_fail_the_run(config, monkeypa
     assert not trainer_of(config).ranks_agree()
     assert run(config) == "ranks hold different parameters"
     assert parse_log(Path(config.log)).status == "ranks hold different parameters"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_steps_of_a_run_replay_what_the_warm_up_recorded(name, config, monkeypatch):
+    """Both trials too: recording is not for the clock. Graphs are simulated, see test_replay.py."""
+    fake(monkeypatch)
+    trainer = trainer_of(dataclasses.replace(config, optimizer=name, trials=2))
+    trainer.matrix.compiled = True
+    trainer.warm_up()
+    count = len(Graph.recorded)
+    assert train_gpt.run_trials(trainer, {}, "source\n", 0.0, []) == "complete"
+    assert len(Graph.recorded) == count > 0
+    assert Graph.replays == 2 * config.steps * count
 
 
 def test_the_log_of_a_run_that_diverged_can_be_parsed(config):

@@ -1,0 +1,301 @@
+"""optimizers/replay.py on the CPU: a graph that calls what was recorded stands for CUDA's."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import on_ranks
+from torch import Tensor
+
+import optimizers.slot as slot
+from optimizers import OPTIMIZERS, Muon
+from optimizers.replay import Numbers, Replay, Staging
+from optimizers.slot import MatrixOptimizer
+
+CPU = torch.device("cpu")
+every = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Graph:
+    """In place of CUDAGraph: replays by calling the maths on the tensors that it was recorded with.
+
+    As on a GPU, recording itself changes no tensor.
+    """
+
+    recorded: list["Graph"] = []
+    replays = 0
+
+    def replay(self) -> None:
+        Graph.replays += 1
+        self.call()
+
+
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of the CPU: torch.cuda's names lead to Graph, and the slot believes in them."""
+    real, Graph.recorded, Graph.replays = Replay.__init__, [], 0
+    recording: list[Graph] = []
+
+    def init(self: Replay, maths: Callable) -> None:
+        def watched(*inputs: object) -> None:
+            if not recording:
+                maths(*inputs)
+                return
+            weights, grads, state, group = inputs
+            recording[-1].call = lambda: maths(weights, grads, dict(state), dict(group))
+
+        real(self, watched)
+
+    @contextmanager
+    def graph(of: Graph, pool: object, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        recording.append(of)
+        yield
+        Graph.recorded.append(recording.pop())
+
+    monkeypatch.setattr(Replay, "__init__", init)
+    monkeypatch.setattr(Replay, "pool", None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(MatrixOptimizer, "_graphs", lambda self, bucket: self.compiled)
+    monkeypatch.setattr(torch, "compile", lambda f, **how: f)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    fake(monkeypatch)
+    return Graph
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def test_numbers_change_in_tensors_that_stay() -> None:
+    numbers, names = Numbers(), ["lr", "momentum"]
+    first = numbers.of(dict(lr=0.1, momentum=0.9, polar="exact"), names, CPU)
+    assert first.keys() == set(names) and first["lr"].shape == ()
+    versions = {name: first[name]._version for name in names}
+    again = numbers.of(dict(lr=0.2, momentum=0.9), names, CPU)
+    assert all(again[name] is first[name] for name in names)
+    assert again["lr"].item() == pytest.approx(0.2) and first["lr"]._version > versions["lr"]
+    assert first["momentum"]._version == versions["momentum"], "written though it was the same"
+
+
+def test_a_tensor_may_be_a_number_and_is_read_each_time() -> None:
+    numbers, lr = Numbers(), torch.tensor(0.5, dtype=torch.float64)
+    held = numbers.of(dict(lr=lr), ["lr"], CPU)["lr"]
+    assert held is not lr and held.item() == 0.5
+    lr.fill_(0.25)
+    assert numbers.of(dict(lr=lr), ["lr"], CPU)["lr"] is held and held.item() == 0.25
+    for value in (0.5, torch.tensor(0.75), 0.5):  # 0.5 again: the tensor has been in between
+        numbers.of(dict(lr=value), ["lr"], CPU)
+        assert held.item() == float(value)
+
+
+def test_numbers_follow_their_parameters_to_another_device() -> None:
+    numbers = Numbers()
+    numbers.of(dict(lr=0.5), ["lr"], torch.device("meta"))
+    assert numbers.of(dict(lr=0.5), ["lr"], CPU)["lr"].item() == 0.5
+
+
+# ---- the buffer of gradients -------------------------------------------------------------------
+
+
+def test_gradients_stand_at_one_address_part_after_part() -> None:
+    staging = Staging()
+    stacks = [staging.put([tensor(*shape, seed=i) for i in range(k)], torch.float32, 60)
+              for k, shape in ((1, (4, 5)), (3, (5, 4)), (2, (4, 5)))]  # fmt: skip
+    assert len({stack.data_ptr() for stack in stacks}) == 1
+    assert torch.equal(stacks[-1], torch.stack([tensor(4, 5, seed=i) for i in range(2)]))
+    other = staging.put([tensor(4, 5).bfloat16()], torch.float64, 60)
+    assert other.dtype == torch.float64 and other.data_ptr() != stacks[0].data_ptr()
+
+
+# ---- replay ------------------------------------------------------------------------------------
+
+
+def descend(weights: Tensor, grads: Tensor, state: dict, group: dict) -> None:
+    state["sum"] += grads
+    weights -= group["lr"] * state["sum"] * group.get("times", 1)
+
+
+def test_a_step_is_recorded_once_and_then_replayed_with_new_values(graphs: type[Graph]) -> None:
+    weights, grads, state = torch.zeros(2, 3, 4), torch.empty(2, 3, 4), torch.zeros(2, 3, 4)
+    replay, lr, expected = Replay(descend), torch.tensor(0.0), torch.zeros(2, 3, 4)
+    for step in range(5):
+        grads.copy_(tensor(2, 3, 4, seed=step))
+        lr.fill_(1 / (step + 1))
+        replay(weights, grads, {"sum": state}, {"lr": lr, "times": 1})
+        expected -= lr * state
+    assert (len(graphs.recorded), graphs.replays) == (1, 4)
+    assert torch.equal(weights, expected) and weights.any()
+
+
+def test_what_moved_or_changed_is_recorded_anew(graphs: type[Graph]) -> None:
+    inputs = dict(weights=torch.zeros(1, 3, 4), grads=torch.ones(1, 3, 4),
+                  state={"sum": torch.zeros(1, 3, 4)},
+                  group={"lr": torch.tensor(0.5), "times": 1})  # fmt: skip
+    replay = Replay(descend)
+    replay(**inputs)
+    changes = [
+        dict(weights=torch.zeros(1, 3, 4)), dict(grads=torch.ones(1, 3, 4)),
+        dict(state={"sum": torch.zeros(1, 3, 4)}),
+        dict(group={"lr": torch.tensor(0.5), "times": 1}),
+        dict(group={"lr": inputs["group"]["lr"], "times": 2}),
+    ]  # fmt: skip
+    for count, change in enumerate(changes, 2):
+        inputs |= change
+        for _ in range(2):
+            before = inputs["weights"].clone()
+            replay(**inputs)
+            moved = before - inputs["weights"]
+            assert torch.equal(moved, inputs["state"]["sum"] * 0.5 * inputs["group"]["times"])
+        assert (len(graphs.recorded), graphs.replays) == (count, count - 1)
+
+
+# ---- in the slot -------------------------------------------------------------------------------
+
+SHAPES = [(12, 4)] * 5 + [(4, 12)] * 3 + [(6, 6)] * 2
+
+
+def built(name: str, **how: object) -> MatrixOptimizer:
+    """Parts of two matrices at most: 3, 2 and 1 of them."""
+    params = [torch.nn.Parameter(tensor(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
+    precise = dict(dtype=torch.float32) if "dtype" in OPTIMIZERS[name].defaults else {}
+    return OPTIMIZERS[name](params, **precise, **how)
+
+
+def steps(opt: MatrixOptimizer, first: int, last: int, rank: int = 0) -> list[Tensor]:
+    params = opt.param_groups[0]["params"]
+    for step in range(first, last):
+        opt.param_groups[0]["lr"] = 0.1 / (step + 1)
+        for i, p in enumerate(params):
+            p.grad = tensor(*p.shape, seed=1000 * rank + 100 * step + i)
+        opt.step()
+    return [p.detach().clone() for p in params]
+
+
+def restart(opt: MatrixOptimizer) -> None:
+    with torch.no_grad():
+        for i, p in enumerate(opt.param_groups[0]["params"]):
+            p.copy_(tensor(*p.shape, seed=i))
+
+
+def agree(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(found, expected, strict=True))
+
+
+def addresses(opt: MatrixOptimizer) -> list[int]:
+    held = [t for b in opt._buckets for t in (b.weights, *b.state.values())]
+    return [t.data_ptr() for t in (*held, *opt._staging.buffers.values())]
+
+
+@every
+def test_replayed_steps_are_the_steps_without_graphs(
+    name: str, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot, "PART_BYTES", 2 * 48 * 4)
+    plain = steps(built(name, compile=False), 0, 4)
+    assert not graphs.recorded
+    opt = built(name, compile=True)
+    assert agree(steps(opt, 0, 4), plain)
+    assert (len(graphs.recorded), graphs.replays) == (6, 18), "one for each part"
+    assert len(opt._staging.buffers) == 1, "one buffer for all parts"
+    assert next(iter(opt._staging.buffers.values())).numel() == 2 * 48
+
+
+@every
+def test_a_reset_keeps_addresses_and_what_was_recorded(name: str, graphs: type[Graph]) -> None:
+    """The trainer warms up, resets and starts the clock: recording would be inside it."""
+    opt = built(name, compile=True)
+    steps(opt, 7, 8)
+    count, held = len(graphs.recorded), addresses(opt)
+    opt.reset()
+    assert opt.state_dict()["state"] == {}, "as newly built"
+    restart(opt)
+    found = steps(opt, 0, 3)
+    assert addresses(opt) == held and len(graphs.recorded) == count
+    assert agree(found, steps(built(name, compile=True), 0, 3))
+
+
+@every
+def test_a_state_is_loaded_into_the_tensors_that_graphs_know(
+    name: str, graphs: type[Graph]
+) -> None:
+    source = built(name, compile=False)
+    steps(source, 0, 2)
+    saved, start = source.state_dict(), [p.detach().clone() for p in source._parameters()]
+    opt = built(name, compile=True)
+    steps(opt, 7, 8)
+    count, held = len(graphs.recorded), addresses(opt)
+    opt.reset()
+    opt.load_state_dict(saved)
+    with torch.no_grad():
+        for p, W in zip(opt._parameters(), start, strict=True):
+            p.copy_(W)
+    assert agree(steps(opt, 2, 4), steps(source, 2, 4))
+    assert addresses(opt) == held and len(graphs.recorded) == count
+
+
+def test_a_group_that_is_added_deals_anew_and_is_stepped(graphs: type[Graph]) -> None:
+    opt = built("muon", compile=True)
+    steps(opt, 0, 1)
+    opt.reset()
+    more = torch.nn.Parameter(tensor(40, 40))
+    opt.add_param_group(dict(params=[more]))
+    more.grad, before = tensor(40, 40, seed=1), more.detach().clone()
+    steps(opt, 0, 2)
+    assert not torch.equal(more, before) and len(graphs.recorded) == 3 + 4
+
+
+def test_weights_that_were_moved_are_recorded_anew(graphs: type[Graph]) -> None:
+    opt, plain = built("muon", compile=True), built("muon", compile=False)
+    for first in (0, 2):
+        for p in (*opt._parameters(), *plain._parameters()):
+            p.data = p.detach().clone()
+        assert agree(steps(opt, first, first + 2), steps(plain, first, first + 2))
+    assert len(graphs.recorded) == 6
+
+
+def test_without_graphs_nothing_is_copied_to_a_fixed_place() -> None:
+    opt = built("muon")
+    steps(opt, 0, 1)
+    assert not opt._staging.buffers and not any(b.replays for b in opt._buckets)
+
+
+def summed(rank: int, size: int) -> dict:
+    """Three steps of two ranks with graphs and without, and how many were recorded and replayed."""
+    with pytest.MonkeyPatch.context() as patch:
+        fake(patch)
+        torch.distributed.init_process_group("gloo")
+        plain = steps(built("muon", compile=False), 0, 3, rank)
+        opt = built("muon", compile=True)
+        steps(opt, 7, 8, rank)
+        count = len(Graph.recorded)
+        opt.reset()
+        restart(opt)
+        found = steps(opt, 0, 3, rank)
+        parts = sum(len(b.replays) for b in opt._buckets)
+        again = len(Graph.recorded) - count
+        return dict(agree=agree(found, plain), parts=parts, recorded=count, again=again,
+                    replays=Graph.replays)  # fmt: skip
+
+
+def test_sums_of_two_ranks_are_replayed_though_each_step_has_new_ones(tmp_path: Path) -> None:
+    """They are received in a new tensor each step, and copied to where graphs read them."""
+    for found in on_ranks(2, summed, tmp_path, seconds=90):
+        parts = found.pop("parts")
+        assert found == dict(agree=True, recorded=parts, again=0, replays=3 * parts)
+
+
+def test_the_default_is_a_graph_only_where_it_is_compiled_for_a_gpu() -> None:
+    p = torch.nn.Parameter(tensor(4, 4))
+    for compiled in (False, True):
+        opt = Muon([p], compile=compiled)
+        assert not opt._graphs(opt._buckets[0])
