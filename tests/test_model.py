@@ -289,7 +289,8 @@ def test_the_groups_say_where_their_neurons_are() -> None:
     assert axes == dict(attn=None, fc=0, proj=1)
 
 
-def test_the_hyperparameters_are_those_of_entry_36() -> None:
+def test_the_hyperparameters_are_those_of_entry_36_but_for_its_polar_factor() -> None:
+    """quintic12: `--set muon.polar=quintic12` brings it back."""
     model, config = small_model()
     groups = {g["name"]: g for opt in build_optimizers(model, config) for g in opt.param_groups}
     for name, lr in (("embed", 0.7), ("head", 0.004), ("scalars", 0.015)):
