@@ -57,10 +57,12 @@ class Replay:
     values; where they do not, or another argument changed, that call runs and is recorded again.
     """
 
-    pool = None  # of the intermediate results of all graphs: they never run side by side
+    pool: tuple[int, int] | None = None  # one for all graphs: they never run side by side
 
     def __init__(self, maths: Callable) -> None:
-        self.maths, self.graph, self.known = maths, None, None
+        self.maths = maths
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.known: list | None = None  # of the arguments that it was recorded with
 
     def __call__(self, weights: Tensor, grads: Tensor, state: dict, group: dict) -> None:
         held = (weights, grads, *state.values(), *group.values())
@@ -71,6 +73,7 @@ class Replay:
         inputs = weights, grads, state, group
         self.maths(*inputs)  # compiles, and does the step
         Replay.pool = Replay.pool or torch.cuda.graph_pool_handle()
-        self.graph, self.known = torch.cuda.CUDAGraph(), known
-        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+        self.graph, graph = None, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self.maths(*inputs)  # is recorded, and does nothing
+        self.graph, self.known = graph, known

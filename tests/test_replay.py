@@ -159,6 +159,26 @@ def test_what_moved_or_changed_is_recorded_anew(graphs: type[Graph]) -> None:
         assert (len(graphs.recorded), graphs.replays) == (count, count - 1)
 
 
+def test_a_recording_that_failed_is_not_replayed(
+    graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the memory is full: an empty graph would skip the steps from then on."""
+    inputs = torch.zeros(1, 3, 4), torch.ones(1, 3, 4), {"sum": torch.zeros(1, 3, 4)}, {"lr": 1.0}
+    replay, works = Replay(descend), torch.cuda.graph
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(torch.cuda, "graph", full)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            replay(*inputs)
+    monkeypatch.setattr(torch.cuda, "graph", works)
+    replay(*inputs)
+    assert (len(graphs.recorded), graphs.replays) == (1, 0)
+    assert torch.equal(inputs[0], torch.full((1, 3, 4), -6.0)), "each call is one step"
+
+
 # ---- in the slot -------------------------------------------------------------------------------
 
 SHAPES = [(12, 4)] * 5 + [(4, 12)] * 3 + [(6, 6)] * 2
