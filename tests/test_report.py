@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -241,6 +242,23 @@ def test_the_committed_runs_of_six_optimizers_are_what_their_page_says() -> None
         assert run.status == "complete" and run.final.step == 600 and run.seed == 1
         assert len(seconds) == 7 and sum(seconds) < 0.02 * run.final.train_time_s
         assert run.meta["device"] == "NVIDIA H200" and run.meta["world_size"] == 1
+        assert 0.0045 < sum(seconds) / run.final.train_time_s < 0.0095
+
+
+def test_the_page_on_the_prose_runs_says_what_the_diagnostics_of_the_logs_say() -> None:
+    def last(name: str) -> dict:
+        lines = (ROOT / f"records/prose/family/{name}_seed1.txt").read_text().splitlines()
+        return json.loads([line[6:] for line in lines if line.startswith('diag: {"')][-1])
+
+    muon, aurora = last("muon"), last("aurora")
+    for diag, share in ((muon, 0.056), (aurora, 0.001)):
+        fc = [value for name, value in diag["matrices"].items() if ".fc." in name]
+        below = fmean(value["leverage"]["below"][0] for value in fc)
+        assert below == pytest.approx(share, abs=5e-4)
+    silent = [{name for name, value in diag["neurons"].items() if value["silent"]}
+              for diag in (muon, aurora)]
+    assert silent == [set(), {"blocks.2.mlp.fc"}]
+    assert aurora["neurons"]["blocks.2.mlp.fc"]["silent"] == pytest.approx(1 / 3072, rel=1e-3)
 
 
 def test_the_committed_resumed_runs_go_on_where_the_cut_one_stopped() -> None:
@@ -256,3 +274,5 @@ def test_the_committed_resumed_runs_go_on_where_the_cut_one_stopped() -> None:
     for point in cut.points:
         assert abs(whole.loss_at(point.step) - point.val_loss) < 0.015
     assert one.end["ranks_agree"] and two.end["ranks_agree"]
+    # one GPU's own pace, not the mean with the two before: that would be 0.179 s
+    assert one.seconds_per_step == pytest.approx(whole.seconds_per_step, rel=0.01)
