@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .gather import wide
 from .replay import Numbers, Replay
 
 
@@ -31,7 +32,12 @@ class Bucket:
     @property
     def wide(self) -> torch.dtype:
         """The type in which this bucket is stepped: float32 or better."""
-        return torch.promote_types(self.params[0].dtype, torch.float32)
+        return wide(self.params[0])
+
+    @property
+    def tall(self) -> bool:
+        """Whether one axis is twice as long as the other, or more."""
+        return max(self.params[0].shape) >= 2 * min(self.params[0].shape)
 
     def places(self) -> dict[int, tuple[int, int]]:
         """Rank and slot of each parameter."""

@@ -2,14 +2,18 @@
 
 Launching the kernels of a step takes the CPU longer than the GPU needs to run them. A graph is
 recorded once, from the same compiled code, on tensors that stay where they are: weights and state
-live in the slot, gradients are copied into one buffer, and hyperparameters are read from 0-D
-tensors on the GPU. Whatever else changes (a tensor that moved, another method) records anew.
+live in the slot, gradients are found by a table of addresses (gather.py), and hyperparameters are
+read from 0-D tensors on the GPU. Whatever else changes (a tensor that moved, another method)
+records anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from .gather import Sources, readable
+from .lanes import Lane
 
 
 class Numbers:
@@ -34,46 +38,32 @@ class Numbers:
         return dict(self.tensors)
 
 
-class Staging:
-    """Where the gradients of one part after the other stand, at one address for each type."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def put(self, grads: list[Tensor], dtype: torch.dtype, most: int) -> Tensor:
-        """These (k of (m, n)) as a stack; `most`: numbers in the largest that will come."""
-        key, size = (grads[0].device, dtype), sum(grad.numel() for grad in grads)
-        if key not in self.buffers or self.buffers[key].numel() < most:
-            self.buffers[key] = torch.empty(most, dtype=dtype, device=grads[0].device)
-        stack = self.buffers[key][:size].view(len(grads), *grads[0].shape)
-        torch._foreach_copy_(list(stack), grads)
-        return stack
-
-
 class Replay:
-    """maths(weights, grads, state, group) for tensors on a GPU: run once, recorded, then replayed.
+    """maths(weights, source, state, group, kind) on a GPU: run once, recorded, then replayed.
 
-    All tensors among the arguments must keep their addresses from call to call, and hold the next
+    `source` and `kind` are what Sources makes of the gradients, which may be anywhere. All tensors
+    among the other arguments must keep their addresses from call to call, and hold the next
     values; where they do not, or another argument changed, that call runs and is recorded again.
+    All calls are made on the lane's stream.
     """
 
-    pool: tuple[int, int] | None = None  # one for all graphs: they never run side by side
-
-    def __init__(self, maths: Callable) -> None:
-        self.maths = maths
+    def __init__(self, maths: Callable, lane: Lane) -> None:
+        self.maths, self.lane, self.sources = maths, lane, Sources()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.known: list | None = None  # of the arguments that it was recorded with
 
-    def __call__(self, weights: Tensor, grads: Tensor, state: dict, group: dict) -> None:
-        held = (weights, grads, *state.values(), *group.values())
+    def __call__(self, weights: Tensor, grads: Iterable[Tensor], state: dict, group: dict) -> None:
+        grads = [readable(grad) for grad in grads]  # held until what reads them is launched
+        source, kind = self.sources.of(grads, weights)
+        held = (weights, source, kind, *state.values(), *group.values())
         known = [(x.data_ptr(), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in held]
         if self.graph is not None and known == self.known:
             self.graph.replay()
             return
-        inputs = weights, grads, state, group
+        inputs = weights, source, state, group, kind
         self.maths(*inputs)  # compiles, and does the step
-        Replay.pool = Replay.pool or torch.cuda.graph_pool_handle()
         self.graph, graph = None, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        how = dict(pool=self.lane.pool, stream=self.lane.stream, capture_error_mode="thread_local")
+        with torch.cuda.graph(graph, **how):
             self.maths(*inputs)  # is recorded, and does nothing
         self.graph, self.known = graph, known

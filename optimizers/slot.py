@@ -13,7 +13,8 @@ One step, three loops:
 
 The parameters of a bucket are views of one buffer, each rank's side by side: what is updated and
 gathered is in place. A parameter that was moved elsewhere (p.data = ...) is brought back. Compiled
-on a GPU, each part is replayed as a CUDA graph (replay.py): state and gradients stay in place, too.
+on a GPU, each part is replayed as a CUDA graph (replay.py), tall buckets and the others on streams
+of their own: state stays in place, too.
 
 Momentum lives on the owner only (ZeRO-1). Without a process group the same code runs without
 collectives. Inputs and Work handles of asynchronous collectives are held until waited for.
@@ -30,13 +31,17 @@ from torch import Tensor
 from .buckets import Bucket, even_parts, owners_by_cost
 from .checks import check_names, check_values
 from .collectives import all_gather, grouped
+from .gather import gather
+from .lanes import Lane, lane_of, on, side_by_side
 from .reducer import Reducer
-from .replay import Replay, Staging
+from .replay import Replay
 
 # What a parameter group may carry besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
-# Of fp32 gradients stacked and stepped at a time: half of the largest bucket of the 124M model, so
-# that a step needs little beyond it and batched products still fill the device (issue 4).
+# Of fp32 gradients stacked and stepped at a time; half of it where matrices are not tall, as those
+# take four to five copies in half precision. Chosen by counting for an H100, measured afterwards
+# (records/bench): 6 of 3072 x 768 have 126 tiles for its 132 processors, and 12 of 768 x 768 have
+# 252 for 264 places (issue 4).
 PART_BYTES = 60 * 2**20
 
 
@@ -70,7 +75,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         compile: bool | None = None, **hyperparameters,
     ) -> None:  # fmt: skip
         self._buckets: list[Bucket] = []
-        self._reducer, self._staging = Reducer([], reduce_dtype), Staging()
+        self._reducer = Reducer([], reduce_dtype)
         self._known = {**type(self).defaults}
         check_names(type(self), hyperparameters)
         self.reduce, self.reduce_dtype = reduce, reduce_dtype
@@ -127,13 +132,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._check_gradients()
         if self._reduces:
             self._reducer.launch_rest()
-        gathers = []
-        for bucket in self._buckets:
+        for bucket in self._buckets:  # on the current stream, where they are used between steps
             bucket.hold_weights()
-            self._advance(bucket)
-            if self.world_size > 1:
-                mine = bucket.weights[self.rank]
-                gathers.append((all_gather(bucket.weights, mine), mine))
+            bucket.state = bucket.state or self._new_state(bucket)
+        gathers, order = [], sorted(self._buckets, key=lambda b: b.tall)  # the same on all ranks
+        with side_by_side(map(self._lane, order)):
+            for bucket in order:
+                with on(self._lane(bucket)):
+                    self._advance(bucket)
+                    if self.world_size > 1:
+                        mine = bucket.weights[self.rank]
+                        gathers.append((all_gather(bucket.weights, mine), mine))
         for work, _held in gathers:
             work.wait()
         self._reducer.clear()
@@ -172,7 +181,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _advance(self, bucket: Bucket) -> None:
         """Steps the matrices that this rank owns, in parts, last layers first: so they arrive."""
-        bucket.state = bucket.state or self._new_state(bucket)
         hyperparameters = self._hyperparameters(bucket)
         for part in self._parts(bucket)[::-1]:
             self._advance_part(bucket, slice(*part), hyperparameters)
@@ -182,45 +190,51 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _parts(self, bucket: Bucket) -> list[tuple[int, int]]:
         each = bucket.params[0].numel() * bucket.wide.itemsize
-        return even_parts(len(bucket.owned[self.rank]), each, PART_BYTES)
+        limit = PART_BYTES if bucket.tall else PART_BYTES // 2
+        return even_parts(len(bucket.owned[self.rank]), each, limit)
 
     def _advance_part(self, bucket: Bucket, part: slice, hyperparameters: dict) -> None:
         """Steps some of the owned matrices; what it stacks makes room for the next."""
         state = {key: value[part] for key, value in bucket.state.items()}
-        given, maths = dict(state), self._maths
-        weights, grads = bucket.weights[self.rank, part], self._gradients(bucket, part)
-        if self._graphs(bucket):
-            maths = bucket.replays.setdefault(part.start, Replay(maths))
+        given, grads, maths = dict(state), self._gradients(bucket, part), self._maths
+        if lane := self._lane(bucket):
+            maths = bucket.replays.setdefault(part.start, Replay(maths, lane))
+        else:
+            grads = (grads if self._reduces else torch.stack(grads)).to(bucket.wide)
+        inputs = bucket.weights[self.rank, part], grads, state, hyperparameters
         if self.compiled:
             with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
-                maths(weights, grads, state, hyperparameters)
+                maths(*inputs)
         else:
-            maths(weights, grads, state, hyperparameters)
+            maths(*inputs)
         kept = state.keys() == given.keys() and all(state[key] is given[key] for key in given)
         assert kept, f"{type(self).__name__}.update must change its state in place"
 
     def _graphs(self, bucket: Bucket) -> bool:
-        """Whether its steps are replayed as CUDA graphs: then all that they read stays in place."""
+        """Whether its steps are replayed as CUDA graphs: then what they change stays in place."""
         return self.compiled and bucket.params[0].is_cuda
 
-    def _gradients(self, bucket: Bucket, part: slice) -> Tensor:
-        """Of a part of the owned matrices, (k, m, n) in the bucket's wide type."""
+    def _lane(self, bucket: Bucket) -> Lane | None:
+        """Where its graphs run."""
+        return lane_of(bucket.params[0].device, bucket.tall) if self._graphs(bucket) else None
+
+    def _gradients(self, bucket: Bucket, part: slice) -> Tensor | list[Tensor]:
+        """Of a part of the owned matrices, k of (m, n): one tensor where they were summed here."""
         if self._reduces:
             self._reducer.wait(bucket, part.start)
-            grads = bucket.received[part]
-        else:
-            grads = [bucket.params[i].grad for i in bucket.owned[self.rank][part]]
-        if self._graphs(bucket):
-            counts = ((b, end - start) for b in self._buckets for start, end in self._parts(b))
-            most = max(count * b.params[0].numel() for b, count in counts)
-            return self._staging.put(list(grads), bucket.wide, most)
-        return (grads if self._reduces else torch.stack(grads)).to(bucket.wide)
+            return bucket.received[part]  # new in each step: graphs read it as if it were p.grad
+        return [bucket.params[i].grad for i in bucket.owned[self.rank][part]]
 
     def _new_state(self, bucket: Bucket) -> dict[str, Tensor]:
         like = bucket.params[0].new_zeros(1, *bucket.params[0].shape, dtype=bucket.wide)
         return bucket.filled(self.init_state(like), len(bucket.owned[self.rank]))
 
-    def _step_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+    def _step_weights(
+        self, weight: Tensor, grad: Tensor, state: dict, group: dict,
+        kind: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        if kind is not None:  # recorded: `grad` has the addresses of gradients of this type
+            grad = gather(grad, kind, weight)
         direction = self.update(grad, state, group).to(grad.dtype)
         wide = weight.to(direction.dtype)  # decay of a bfloat16 weight would be rounded away
         direction = direction * self.scale(direction, wide, group)
