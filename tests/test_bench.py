@@ -57,6 +57,33 @@ def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_p
     assert "rms_sigma" not in rows["adamw"]
 
 
+def test_memory_that_graphs_keep_is_counted_by_pool(monkeypatch):
+    """It is free for no one else, though nothing in it counts as allocated between steps."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import bench_optimizers as bench
+    import torch
+
+    sizes = [((0, 0), 100), ((0, 1), 20), ((0, 2), 3), ((0, 1), 4)]
+    snapshot = [dict(segment_pool_id=pool, total_size=size) for pool, size in sizes]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: snapshot)
+    assert bench.reserved_by_graphs() == {(0, 1): 24, (0, 2): 3}
+
+
+def test_the_optimizer_bench_says_when_it_left_rows_out(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import bench_optimizers as bench
+
+    monkeypatch.setattr(bench, "measure", lambda name, *_: {"name": name})
+    some = ["--only", "adamw", "muon, quintic12"]
+    for more in ([], some):
+        monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path / "out"), *more])
+        bench.main()
+    first, second = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    assert first["command"] == "python tools/bench_optimizers.py" and len(first["rows"]) > 6
+    assert second["command"] == first["command"] + " --only adamw 'muon, quintic12'"
+    assert [row["name"] for row in second["rows"]] == some[1:]
+
+
 def test_exactness_appends_one_line_a_table(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import exactness

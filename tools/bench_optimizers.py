@@ -4,7 +4,9 @@
     python tools/bench_optimizers.py --shapes 1.1B --out FILE --momentum momentum.pt
 
 GPU time from events, median after warm-up; fp32 weights, gradients and momentum; hyperparameters
-change in every step, recompiling or a wait for the GPU is an error. How exact the direction is:
+change in every step, recompiling or a wait for the GPU is an error. peak_mib: beyond weights,
+gradients and state, the most that is allocated in a step, and all that graphs have reserved for
+themselves, which stays theirs between steps. How exact the direction is:
 
     rms_sigma     root mean square of its singular values minus 1, the worst of 3072 x 768 and
                   768 x 768 with spectra 1/i and log-spaced to a condition number of 100
@@ -16,6 +18,7 @@ change in every step, recompiling or a wait for the GPU is an error. How exact t
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from optimizers import OPTIMIZERS  # noqa: E402
+from optimizers.lanes import lane_of  # noqa: E402
 
 SHAPES = {  # name: group, shape, matrices, neuron axis
     "124M": [("attn", (768, 768), 48, None), ("fc", (3072, 768), 12, 0),
@@ -116,8 +120,19 @@ def exactness(kind: type, how: dict, n: int, device: torch.device, real: dict) -
     return facts
 
 
+def reserved_by_graphs() -> dict[tuple, int]:
+    """Bytes of each memory pool but the common one."""
+    found: dict[tuple, int] = {}
+    for segment in torch.cuda.memory_snapshot():
+        pool = tuple(segment["segment_pool_id"])
+        found[pool] = found.get(pool, 0) + segment["total_size"]
+    return {pool: size for pool, size in found.items() if pool != (0, 0)}
+
+
 def timing(opt: torch.optim.Optimizer, device: torch.device, repeats: int) -> dict[str, float]:
     """ms of a step, compile time, and memory beyond what is there before and after it."""
+    lane_of.cache_clear()  # its graphs get pools of their own, not those of the row before
+    others = reserved_by_graphs() if device.type == "cuda" else {}
     first = seconds_of(opt.step, device)
     started = time.perf_counter()
     if device.type == "cuda":
@@ -133,7 +148,8 @@ def timing(opt: torch.optim.Optimizer, device: torch.device, repeats: int) -> di
     facts = dict(ms=1000 * statistics.median(times[3:]), ms_worst=1000 * max(times[3:]),
                  compile_s=compile_s)  # fmt: skip
     if device.type == "cuda":
-        facts["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        pools = sum(size for pool, size in reserved_by_graphs().items() if pool not in others)
+        facts["peak_mib"] = (torch.cuda.max_memory_allocated() - before + pools) / 2**20
         torch.cuda.set_sync_debug_mode("error")  # a wait for the GPU inside the step is an error
         opt.step()
         torch.cuda.set_sync_debug_mode("default")
@@ -164,19 +180,22 @@ def commit() -> str:
 
 
 def main() -> None:
+    names = (*KINDS, "torch.optim.Muon")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--shapes", choices=SHAPES, default="124M")
     parser.add_argument("--momentum", type=Path, help="real momenta, as described above")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="of these rows")
     parser.add_argument("--out", type=Path, default=ROOT / "records/bench/optimizers.jsonl")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     real = torch.load(args.momentum, weights_only=True) if args.momentum else {}
     rows = []
-    for name in (*KINDS, "torch.optim.Muon"):
+    for name in args.only or names:
         rows.append(measure(name, args.shapes, device, args.repeats, real))
         print(rows[-1], flush=True)
     command = "python tools/bench_optimizers.py"
+    command += f" --only {shlex.join(args.only)}" if args.only else ""
     line = dict(
         bench="optimizers", shapes=args.shapes, torch=torch.__version__, commit=commit(),
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
