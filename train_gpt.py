@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optimizers import OPTIMIZERS, Diagnostics, activity
+from optimizers import OPTIMIZERS, Diagnostics, activity, capped_loss
 
 ####################################################################################################
 #                                              Config                                              #
@@ -304,7 +304,8 @@ class GPT(nn.Module):
         return 15 * z * torch.rsqrt(z.square() + 15**2)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="sum")
+        x, head = self.norm2(x).flatten(0, 1), self.head  # as cross_entropy of logits(x), fused
+        return capped_loss(x, head.weight, head.bias, targets.flatten())
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over all tokens, so that microbatches and ranks add."""
@@ -320,7 +321,6 @@ def build_model(config: Config, device: torch.device) -> GPT:
     if config.compile and device.type == "cuda":
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)
-        model.loss = torch.compile(model.loss, dynamic=False, fullgraph=True)
     return model
 
 
