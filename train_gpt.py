@@ -128,6 +128,8 @@ def check_config(config: Config, world_size: int) -> None:
         path = log_path(config, seed)
         if path.exists() or any(parent.is_file() for parent in path.parents):
             raise ValueError(f"{path} exists already or lies below a file: choose another --log")
+        if config.checkpoint and of_trial(config.checkpoint, config, seed).is_dir():
+            raise ValueError(f"{config.checkpoint} is no file: choose another --checkpoint")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: run pip install wandb")
 
@@ -340,6 +342,18 @@ def initialise(model: GPT, seed: int) -> None:
             raise AssertionError(f"no initialisation for {name}")
 
 
+@torch.no_grad()
+def generate(model: GPT, ids: list, count: int, seed: int, temperature=0.7, top_k=0) -> list:
+    """`ids` and `count` more, drawn below ids[0], the end of text; inputs of one shape."""
+    draws, ids, width = torch.Generator().manual_seed(seed), list(ids), len(model.rotary[0])
+    for _ in range(count):  # the padding is not seen: attention is causal
+        row = torch.tensor([(ids[-width:] + width * [0])[:width]], device=model.head.weight.device)
+        logits = model.logits(model.trunk(row)[:, min(len(ids), width) - 1])[0, : ids[0]].cpu()
+        logits[logits < logits.topk(top_k or ids[0]).values[-1]] = -math.inf
+        ids += torch.multinomial((logits / temperature).softmax(-1), 1, generator=draws).tolist()
+    return ids
+
+
 ####################################################################################################
 #                                            Optimizers                                            #
 ####################################################################################################
@@ -396,6 +410,9 @@ def change_hyperparameters(optimizers: list[torch.optim.Optimizer], config: Conf
             group[key] = value
     for group in adamw + matrix:
         group["initial_lr"] = group["lr"] = group["lr"] * config.lr_scale
+    for group in adamw:  # refuses foolish values, as the matrix optimizer does when it deals
+        chosen = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        torch.optim.AdamW([torch.zeros(1)], **chosen)
 
 
 def read_back(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
@@ -583,8 +600,8 @@ MODEL = ("vocab_size", "layers", "width", "head_dim", "row_tokens", "dtype")  # 
 RUN = (*MODEL, "optimizer", "steps", "batch_tokens", "val_tokens", "lr_scale", "set", "cooldown")
 
 
-def read_checkpoint(path: Path, config: Config, same: tuple[str, ...]) -> dict:
-    """What Trainer.save wrote, by a run with a config that is the same in these fields."""
+def read_checkpoint(path: Path, config: Config, same: tuple[str, ...], **given: object) -> dict:
+    """What Trainer.save wrote, if these fields of the config, and what is given, are the same."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}: write one with --checkpoint")
     try:
@@ -592,9 +609,9 @@ def read_checkpoint(path: Path, config: Config, same: tuple[str, ...]) -> dict:
         then, now = saved["config"], asdict(config)
     except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError):
         raise ValueError(f"{path} is no whole checkpoint of this trainer: name another") from None
-    for name in same:
-        if then[name] != now[name]:
-            found, expected = then[name], now[name]
+    pairs = [(name, then[name], now[name]) for name in same]
+    for name, found, expected in pairs + [(key, saved.get(key), given[key]) for key in given]:
+        if found != expected:
             raise ValueError(f"{path} was made with {name} {found}, now it is {expected}")
     return saved
 
@@ -738,7 +755,8 @@ class Trainer:
 
     def save(self, path: Path, **facts: object) -> None:
         """What a run of any number of ranks needs to go on; the file appears only when whole."""
-        saved = dict(config=asdict(self.config), model=self.model.state_dict(), **facts)
+        weights = {name: p.clone() for name, p in self.model.state_dict().items()}  # of views
+        saved = dict(config=asdict(self.config), model=weights, **facts)
         saved |= dict(adamw=self.adamw.state_dict(), matrix=self.matrix.state_dict())
         if self.world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -777,7 +795,8 @@ class Trainer:
                 if diagnostics and step:
                     self.diagnose(diagnostics, log, step)
                 if config.checkpoint:
-                    facts = dict(seed=seed, step=step, points=points)
+                    shards = {name: len(tokens) for name, tokens in self.shards.items()}
+                    facts = dict(seed=seed, step=step, points=points, shards=shards)
                     self.save(of_trial(config.checkpoint, config, seed), **facts)
                 world.synchronize()
                 since = time.perf_counter()
@@ -798,17 +817,9 @@ class Trainer:
         sums = torch.stack([p.view(bits[p.element_size()]).sum() for p in params])
         return torch.equal(*(self.world.all_reduce(sums.clone(), op) for op in ("MIN", "MAX")))
 
-    @torch.no_grad()
     def sample(self, prompt: bytes) -> str:
-        """Text from a byte model, drawn at temperature 0.7; inputs of one shape, compiled once."""
-        generator, ids = torch.Generator().manual_seed(self.config.seed), [256, *prompt]
-        for _ in range(self.config.sample_tokens):
-            recent = torch.tensor([ids[-self.config.row_tokens :]])
-            padding = self.config.row_tokens - recent.size(1)  # unseen: attention is causal
-            context = F.pad(recent, (0, padding)).to(self.world.device)
-            x = self.model.trunk(context)[:, -1 - padding]
-            p = (self.model.logits(x)[0, :256].cpu() / 0.7).softmax(-1)
-            ids.append(int(torch.multinomial(p, 1, generator=generator)))
+        """Text from a byte model, drawn at temperature 0.7."""
+        ids = generate(self.model, [256, *prompt], self.config.sample_tokens, self.config.seed)
         return bytes(ids[1:]).decode("utf-8", errors="replace")
 
 
@@ -850,7 +861,11 @@ def main(argv: list[str]) -> int:
         world = World(rank, size, choose_device(config.device))
         seeds = range(config.seed, config.seed + config.trials)
         paths = {s: of_trial(config.checkpoint, config, s) for s in seeds if config.checkpoint}
-        saved = {s: read_checkpoint(p, config, RUN) for s, p in paths.items() if p.is_file()}
+        tokens = {name: len(shard) for name, shard in shards.items()}
+        saved = {
+            seed: read_checkpoint(path, config, RUN, seed=seed, shards=tokens)
+            for seed, path in paths.items() if path.is_file()
+        }  # fmt: skip
         weights = read_checkpoint(Path(config.eval), config, MODEL) if config.eval else None
         trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()

@@ -16,6 +16,8 @@ def main() -> float:
     ddp, cuda = "RANK" in os.environ, torch.cuda.is_available()
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     device = torch.device("cuda", local) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10)).to(device)
     model = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32), nn.Linear(32, 10))

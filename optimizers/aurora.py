@@ -20,8 +20,9 @@ Memory: as Muon, 4 bytes per parameter. FLOPs: K times Muon's on the balanced ma
 import torch
 from torch import Tensor
 
+from .gram import unit_max
 from .muon import Muon
-from .polar import polar, unit_max
+from .polar import polar
 from .slot import MatrixOptimizer, nesterov
 
 BALANCED_AXES = {"fc": (0,), "proj": (1,), "both": (0, 1)}
@@ -65,6 +66,7 @@ class Aurora(MatrixOptimizer):
 
     defaults = Muon.defaults | dict(rounds=2, exponent=0.5, clamp=64.0, balance="both")
     choices = Muon.choices | {"balance": BALANCED_AXES}
+    least = {"clamp": 1.0}
 
     def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
         X = nesterov(grad, state, group["momentum"])

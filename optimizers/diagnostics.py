@@ -9,7 +9,8 @@ its m rows are neurons of n weights (aurora.md 2.3, experiment E1):
     update      rho_i = |u_i|^2 / mean_j |u_j|^2, U = (1 - lr wd) W_before - W_after
     cv          standard deviation over mean of the rho_i; quantiles at 0, 1, 10, 50, 90, 99, 100%
     below       share of neurons with rho below 1/16, 0.01 and 0.0025
-    persistent  {t: share of neurons with leverage below 1/16 at every check from step t to now}
+    persistent  {t: share of neurons with leverage below 1/16 at every check from step t to now},
+                of the checks of this process: after a resumption they begin anew
     orthogonality     |U^T U - I|_F / sqrt(n), with U scaled to |U|_F = sqrt(n)
     update_to_weight  |W_after - W_before|_F / |W_before|_F
 
@@ -32,7 +33,7 @@ THRESHOLDS = (1 / 16, 0.01, 0.0025)
 
 
 def leverage(X: Tensor) -> Tensor:
-    """x_i^T (X^T X)^+ x_i of each row of X (m, n); singular values below 1e-6 rms count as 0."""
+    """x_i^T (X^T X)^+ x_i of each row of X (m, n); singular values fade out around 1e-6 rms."""
     X = (X.cpu() if X.is_mps else X).double()
     X = X / X.abs().amax().clamp_min(torch.finfo(X.dtype).tiny)
     S = X.mT @ X
@@ -69,7 +70,8 @@ class Diagnostics:
         found = []
         for bucket in self.optimizer._buckets:
             group = bucket.group
-            numbered = [f"{group.get('name')}.{i}" for i in range(len(group["params"]))]
+            number = [g is group for g in self.optimizer.param_groups].index(True)
+            numbered = [f"{group.get('name', number)}.{i}" for i in range(len(group["params"]))]
             name_of = dict(zip(group["params"], group.get("param_names", numbered), strict=True))
             if group.get("neuron_axis") is not None:
                 mine = enumerate(bucket.owned[self.optimizer.rank])
@@ -98,7 +100,7 @@ class Diagnostics:
         group, (weight, momentum), after = bucket.group, self.before[name], bucket.params[i]
         mu = group.get("momentum", group.get("beta1", 0.0))
         X = (1 + mu) * bucket.state["momentum"][place] - mu * momentum
-        U = weight * (1 - group["lr"] * group["weight_decay"]) - after
+        U = weight.float() * (1 - group["lr"] * group["weight_decay"]) - after
         moved = (after - weight).norm() / weight.norm()
         X, U = (A.mT.float() if group["neuron_axis"] == 1 else A.float() for A in (X, U))
         m, n = U.shape

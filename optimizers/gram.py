@@ -1,4 +1,4 @@
-"""Polar factors by way of the Gram matrix: as exact as 12 quintic steps, at a third of the price.
+"""Polar factors by way of the Gram matrix: as exact as 12 quintic steps, at a quarter of the price.
 
 X (k, n, m) with n <= m, singular values s <= 1. An odd polynomial step
 
@@ -8,7 +8,7 @@ needs X only through R: W and R commute, so that the next R is W R W, and the fa
 steps can be gathered in Q = ... W W before they meet X: products of n x n matrices, all symmetric
 (kernels.py), instead of n x m. Rounding spoils the small eigenvalues of R as they grow, so after
 every second step X <- Q X and R are made anew; with three steps in between, spectra like 1/i came
-out up to 12 times too long. R also gives a tight bound of the largest singular value, |R|_F^(1/2),
+out several times too long. R also gives a tight bound of the largest singular value, |R|_F^(1/2),
 which saves the two steps that the Frobenius norm of X costs on flat spectra.
 
 Half precision is float16: values are scaled into its range, and bfloat16 has 3 bits less.
@@ -38,6 +38,12 @@ EXPRESS6 = tuple(
 )
 
 
+def unit_max(X: Tensor) -> Tensor:
+    """Each matrix divided by its largest |entry|: squares then neither overflow nor vanish."""
+    tiny = torch.finfo(X.dtype).tiny  # relative to the input: only an all-zero matrix meets it
+    return X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+
+
 def gram_polar(X: Tensor, dtype: torch.dtype) -> Tensor:
     """Polar factors of wide X (k, n, m), n <= m; products and result in `dtype`.
 
@@ -46,8 +52,7 @@ def gram_polar(X: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bfloat16:
         dtype = torch.float32 if X.device.type == "cpu" else torch.float16
     gather = 2 if X.size(-1) >= 2 * X.size(-2) else 1  # steps; for squares it saves nothing
-    tiny = torch.finfo(X.dtype).tiny
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+    X, tiny = unit_max(X), torch.finfo(X.dtype).tiny
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny) * 8  # above fp16's denormals
     X, Q = X.to(dtype), None
     R = symmetric_product(X, X)

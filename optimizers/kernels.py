@@ -70,9 +70,13 @@ def symmetric_product(
     gamma: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """alpha A B^T + beta D + gamma I, symmetric: (k, n, p) twice -> (k, n, n)."""
-    return (symmetric_by_triton if kernel_runs(A) else symmetric_by_torch)(
-        A, B, D, alpha, beta, gamma
-    )
+    inputs = (A, B, D, alpha, beta, gamma)
+    if not kernel_runs(A):
+        return symmetric_by_torch(*inputs)
+    if torch.compiler.is_compiling():  # compiled code minds the device itself
+        return symmetric_by_triton(*inputs)
+    with torch.cuda.device_of(A):  # Triton launches on the current device
+        return symmetric_by_triton(*inputs)
 
 
 def symmetric_by_torch(

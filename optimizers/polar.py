@@ -4,10 +4,12 @@ Orthogonal means orthonormal columns of a tall matrix, rows of a wide one. Not h
 is done with U (see muon.py, aurora.py) and who computes it (slot.py).
 """
 
+from math import nan
+
 import torch
 from torch import Tensor
 
-from .gram import EXPRESS6, gram_polar
+from .gram import EXPRESS6, gram_polar, unit_max
 
 # Odd polynomials a s + b s^3 + c s^5 that drive singular values in (0, 1] to 1, one (a, b, c) for
 # each step. QUINTIC: p(1) = 1, p'(1) = 0, slope 2 at 0. CUBIC_END: p'(1) = p''(1) = 0 as well.
@@ -50,12 +52,6 @@ POLAR = {  # by name: largest singular value that may enter, steps; "exact" is t
 }
 
 
-def unit_max(X: Tensor) -> Tensor:
-    """Each matrix divided by its largest |entry|: squares then neither overflow nor vanish."""
-    tiny = torch.finfo(X.dtype).tiny  # relative to the input: only an all-zero matrix meets it
-    return X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
-
-
 def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Polar factor of every matrix of a stack, by one of POLAR's methods.
 
@@ -86,7 +82,9 @@ def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloa
 
 def exact_polar(X: Tensor) -> Tensor:
     """By the SVD, in float64 where the device has it; directions without a length stay zero."""
+    broken = ~X.isfinite().all(dim=(-2, -1), keepdim=True)
+    X = X.masked_fill(broken, 0)  # the SVD of these is an error; their factor is nan
     U, sigma, Vh = torch.linalg.svd(X if X.is_mps else X.double(), full_matrices=False)
     floor = torch.finfo(X.dtype).eps * max(X.shape[-2:]) * sigma[..., :1]
     alive = X.any(dim=-1, keepdim=True) & X.any(dim=-2, keepdim=True)  # zero rows stay zero
-    return (U * (sigma > floor)[..., None, :] @ Vh).to(X.dtype) * alive
+    return ((U * (sigma > floor)[..., None, :] @ Vh).to(X.dtype) * alive).masked_fill(broken, nan)

@@ -14,16 +14,17 @@ part in its null space, as its sum is 0. The authors' release has a shifted cons
 diag(P), takes X at its own scale, and crashes for m != n.
 
 Source: arXiv 2606.27715, aurora-release src/riemannian_aurora.py, as described in aurora.md 1.5.
-Memory: Muon's. FLOPs: those of 1 + climbs x retractions polar factors (7) and of climbs x cg_steps
-(60) products with P * P, 4 m n^2 each: 11 times Muon's in all at 4x.
+Memory: Muon's. FLOPs: 1 + climbs x retractions polar factors (7), climbs x cg_steps products with
+P * P (60) at 4 m n^2, 8 m n^2 more for each climb: 12 times Muon's in all at 4x.
 """
 
 import torch
 from torch import Tensor
 
 from .aurora import Aurora
+from .gram import unit_max
 from .muon import Muon
-from .polar import polar, unit_max
+from .polar import polar
 
 
 def row_dot(A: Tensor, B: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ def retract(U: Tensor, times: int, method: str, dtype: torch.dtype) -> Tensor:
 def climb(X: Tensor, U: Tensor, step_size: float | Tensor, cg_steps: int, dtype: torch.dtype):
     """U plus a step along X in the tangent space at U; all (k, m, n), products in `dtype`."""
     low, x = U.to(dtype), X.to(dtype)
-    B = (low.mT @ x + x.mT @ low) / 2
+    B = low.mT @ x
+    B = (B + B.mT) / 2
     q = row_dot(x, low) - row_dot(low @ B, low)
     lam = solve_laplacian(low, (q - q.mean(dim=-2, keepdim=True)).to(X.dtype), cg_steps)
     S = B - low.mT @ (lam.to(dtype) * low)
@@ -89,5 +91,5 @@ class RiemannianAurora(Aurora):
         return U
 
     def polar_factors(self, group: dict) -> float:
-        steps = group["climbs"] * (group["retractions"] + group["cg_steps"] * 4 / 54)
-        return 1 + steps  # 4 m n^2 for a step of lam, 216 n^3 = 54 m n^2 for a polar factor at 4x
+        products = 4 * group["cg_steps"] + 8  # times m n^2; a polar factor has 54 m n^2 at 4x
+        return 1 + group["climbs"] * (group["retractions"] + products / 54)

@@ -47,6 +47,11 @@ class Bucket:
         return max(map(len, self.owned))
 
 
+def grouped() -> bool:
+    """Whether this process is a rank of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def owners_by_cost(costs: list[float], ranks: int) -> list[int]:
     """The owner of each item: largest cost first, each to the rank with the least so far."""
     load, owners = [0.0] * ranks, [0] * len(costs)
@@ -76,6 +81,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     defaults = dict(lr=0.02, weight_decay=0.0, momentum=0.95)
     choices: dict = {}  # hyperparameter: the values that it may have
+    least: dict = {}  # hyperparameter: its least value, where that is not 0
     worth_compiling = True  # False where unrolled loops would compile for minutes
 
     def __init__(
@@ -85,9 +91,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._known = {**type(self).defaults}
         self._check_names(hyperparameters)
         self.reduce = reduce
-        grouped = dist.is_available() and dist.is_initialized()
-        self.world_size = dist.get_world_size() if grouped else 1
-        self.rank = dist.get_rank() if grouped else 0
+        self.world_size = dist.get_world_size() if grouped() else 1
+        self.rank = dist.get_rank() if grouped() else 0
         super().__init__(params, {**self._known, **hyperparameters})
         on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
         self.compiled = on_cuda and self.worth_compiling if compile is None else compile
@@ -131,6 +136,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         if closure is not None:
             raise ValueError("closures are not supported: call backward() first, then step()")
+        if (size := dist.get_world_size() if grouped() else 1) != self.world_size:
+            raise ValueError(f"{size} ranks, {self.world_size} when this was built: build it again")
         self._check_gradients()
         reductions = [self._launch_reduce(bucket) for bucket in self._buckets]
         gathers = []
@@ -144,6 +151,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for work, _held in gathers:
             if work is not None:
                 work.wait()
+        torch.autograd.graph.increment_version(self._parameters())  # autograd sees what was written
 
     def reset(self) -> None:
         """Forgets all state, as if newly built; compiled code is kept."""
@@ -178,8 +186,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _step_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         direction = self.update(grad, state, group).to(grad.dtype)
-        direction = direction * self.scale(direction, weight, group)
-        weight.copy_(self.decay(weight, direction, group) - group["lr"] * direction)
+        wide = weight.to(direction.dtype)  # decay of a bfloat16 weight would be rounded away
+        direction = direction * self.scale(direction, wide, group)
+        weight.copy_(self.decay(wide, direction, group) - group["lr"] * direction)
 
     def _hyperparameters(self, group: dict) -> dict:
         """As the maths sees them; compiled, as 0-D tensors: then a new value recompiles nothing."""
@@ -269,10 +278,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         order = {p: i for i, p in enumerate(self._parameters())}
         for bucket in self._buckets if state else ():
             owned = [state[order[bucket.params[i]]] for i in bucket.owned[self.rank]]
-            empty = self.init_state(bucket.params[0].new_zeros(0, *bucket.params[0].shape).float())
+            like = bucket.params[0]
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            empty = self.init_state(like.new_zeros(0, *like.shape, dtype=dtype))
             for key, like in empty.items():
                 stack = [saved[key].to(like) for saved in owned]
                 bucket.state[key] = torch.stack(stack) if stack else like
+
+    def __reduce_ex__(self, protocol) -> None:
+        raise TypeError("an optimizer is not copied: build a new one and load state_dict() into it")
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -298,7 +312,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._check_values(group)
             by_kind: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
-                if p.ndim != 2:
+                if p.ndim != 2 or p.numel() == 0:
                     raise ValueError(
                         f"{type(self).__name__} takes matrices, found a parameter of shape "
                         f"{tuple(p.shape)}: give it to torch.optim.AdamW instead"
@@ -329,7 +343,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 expected = "" if value in known else f"one of {', '.join(map(str, known))}"
             elif isinstance(default, float):
                 limit = 1.0 if name.startswith(("momentum", "beta")) else math.inf
-                expected = "" if numeric and 0 <= value < limit else f"0 or more, below {limit}"
+                least = self.least.get(name, 0)
+                inside = numeric and least <= value < limit
+                expected = "" if inside else f"{least} or more, below {limit}"
+            elif isinstance(default, torch.dtype):
+                known = isinstance(value, torch.dtype) and value.is_floating_point
+                expected = "" if known else "a floating torch.dtype"
             elif isinstance(default, int):
                 expected = "" if isinstance(value, int) and value >= 1 else "1 or more"
             if expected:
@@ -339,7 +358,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             for i, p in enumerate(bucket.params):
                 if p.grad is None:
-                    name = bucket.group.get("name", self.param_groups.index(bucket.group))
+                    number = [g is bucket.group for g in self.param_groups].index(True)
+                    name = bucket.group.get("name", number)
                     raise ValueError(
                         f"parameter {i} of group {name!r}, {tuple(p.shape)}, has no gradient: "
                         "call backward() before step(), or leave unused parameters out"

@@ -10,6 +10,11 @@ from importlib import import_module
 COMMANDS = {  # name: module with a docstring, add_arguments(parser) and run(args)
     "show": "records.show",
     "compare": "records.compare",
+    "extract": "records.bundle",
+    "pack": "records.pack",
+    "plot": "records.plot",
+    "report": "records.html",
+    "verify": "records.verify",
 }
 
 

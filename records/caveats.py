@@ -1,13 +1,12 @@
 """What a reader has to know before believing a comparison of groups of runs."""
 
 from collections import Counter
+from hashlib import sha256
 
 from records.groups import Group
-from records.run import Run
+from records.run import FREE, Run
 from records.show import hardware
 from records.stats import TARGET, extended_until_passed
-
-PER_RUN = {"seed", "trials", "log", "data", "wandb", "device"}  # of a config: where, not what
 
 
 def check_repeats(groups: list[Group]) -> None:
@@ -49,7 +48,10 @@ def warnings(sized: list[tuple[Group, int]], target: float) -> list[str]:
     if len({*machines.values()}) > 1 or any(" and " in name for name in machines.values()):
         listed = "; ".join(f"{name} on {where}" for name, where in machines.items())
         found.append(f"hardware differs, seconds do not compare: {listed}")
-    if things := differences(groups):
+    things, unknown = differences(groups), _unknown(groups)
+    if unknown and (things or len(groups) > 1):
+        found.append(f"{unknown}{'; seen to differ: ' if things else ''}{'; '.join(things)}")
+    elif things:
         count = "one thing" if len(things) == 1 else f"{len(things)} things"
         found.append(f"the runs differ in {count}: {'; '.join(things)}")
     if target != TARGET:
@@ -71,12 +73,24 @@ def differences(groups: list[Group]) -> list[str]:
             > 1]
 
 
+def _unknown(groups: list[Group]) -> str:
+    """Of which groups the log does not say everything: nobody can count where they differ."""
+    names = [one.name for one in groups if any("config" not in each.meta for each in one.runs)]
+    kinds = [{*_stated(each)} & {"code", "code (md5)"} for one in groups for each in one.runs]
+    verb = "settings of" if set.intersection(*kinds) else "settings and code of"
+    return f"{verb} {', '.join(names)} are not known" if names else ""
+
+
 def _stated(each: Run) -> dict[str, str]:
     config = each.meta.get("config", {})
-    stated = {key: f"{value}" for key, value in config.items() if key not in PER_RUN}
-    stated |= {"planned steps": f"{each.total_steps}"} if "steps" not in config else {}
-    stated |= {key: f"{each.meta[key]}" for key in ("torch",) if key in each.meta}
-    stated |= {"code": each.meta["code_sha256"][:7]} if "code_sha256" in each.meta else {}
+    stated = {key: f"{value}" for key, value in config.items() if key not in {*FREE, "steps"}}
+    stated["planned steps"] = f"{config.get('steps', each.total_steps)}"
+    stated["scored metric"] = each.metric
+    stated |= {key: f"{each.meta[key]}" for key in ("torch", "method") if key in each.meta}
+    code = each.meta.get("code_sha256") or (
+        sha256(each.script.encode()).hexdigest() if each.script else "")
+    for kind, value in (("code", code), ("code (md5)", each.meta.get("source_md5"))):
+        stated |= {kind: value[:7]} if value else {}
     for one in each.optim["groups"] if each.optim else []:
         stated |= {f"{one['name']}.{key}": f"{value}" for key, value in one.items()
                    if key not in ("name", "optimizer", "initial_lr")}

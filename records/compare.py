@@ -1,7 +1,8 @@
 """Groups of runs side by side: means, the rules of track 3, Welch's and the paired t-test.
 
 A group is a log, a folder, a glob or track_3#N. Each is read at its claimed step, or at the last
-one that all its runs share, or all at --step. Of each pair the first is old, the second is new.
+one that all its runs share, or all at --step; a loss there that is NaN or infinite is
+refused. Of each pair the first is old, the second is new.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -10,6 +11,7 @@ from math import isnan
 
 from records.caveats import check_repeats, same_seeds, warnings
 from records.groups import Group, group, target_of
+from records.show import hardware
 from records.stats import (
     SIGMA,
     Difference,
@@ -63,12 +65,14 @@ def loss_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]
 
 
 def target_table(groups: list[Group], target: float) -> tuple[list[str], list[list[str]]]:
-    """Interpolated crossings; no interval unless every run crosses, for that would select runs."""
+    """Interpolated crossings; all that reach count. No interval unless every run
+    was seen to cross, for that would select runs."""
     header = ["group", f"runs that reach {target:g}", "steps to it", "95% t interval",
               "seconds to it", "95% t interval"]
     rows = []
     for one in groups:
-        cells = [one.name, f"{len(_crossings(one, target, 2))} of {len(one.runs)}"]
+        reached = sum(each.crossing(target) is not None for each in one.runs)
+        cells = [one.name, f"{reached} of {len(one.runs)}"]
         for field, form in ((2, ".1f"), (3, ".2f")):
             values = _crossings(one, target, field)
             whole = summary(values) if len(values) == len(one.runs) else None
@@ -95,6 +99,8 @@ def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]
         both = paired(_by_seed(old, a), _by_seed(new, b))
         steps = paired(_crossed_by_seed(old, target), _crossed_by_seed(new, target))
         gained = [_gain(old, new, target, field, form) for field, form in ((2, ".1f"), (3, ".2f"))]
+        if len({hardware(each) for each in (*old.runs, *new.runs)}) > 1:
+            gained[1] = "-"  # such seconds do not compare
         rows.append([f"{new.name} against {old.name}", _with_interval(test, ".5f"),
                      p_value(test.p), f"{rule.statistic:.5f}",
                      "yes" if rule.passes else "not shown", p_value(rule.p), *gained,

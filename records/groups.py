@@ -42,6 +42,11 @@ class Group:
 
 def group(name: str) -> Group:
     """ValueError where the name stands for nothing; a trailing / of a folder is dropped."""
+    if not name.strip():
+        raise ValueError("found an empty name, expected a log or a folder of logs; name one")
+    if name == "track_3" and not Path(name).exists():
+        raise ValueError("found track_3, expected one of its entries here; write track_3#46, or "
+                         "show track_3 alone for all of them")
     if name.startswith("track_") and not Path(name).exists():
         found = entry(name)
         return Group(found.label, found.runs, found.steps, published=True)
@@ -54,6 +59,8 @@ def group(name: str) -> Group:
 def target_of(groups: Iterable[Group], wanted: float | None = None) -> float | None:
     """The one target of all runs, None where no run says; ValueError where they disagree."""
     if wanted is not None:
+        if not isfinite(wanted):
+            raise ValueError(f"found --target {wanted}, expected a loss; write a number like 3.28")
         return wanted
     targets: dict[float, str] = {}
     for one in groups:

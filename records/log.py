@@ -9,20 +9,28 @@ is full of f-strings that look like results. The writer in train_gpt.py is the d
 import json
 import re
 from collections.abc import Iterable, Iterator
+from math import isfinite
 from pathlib import Path
 
 from records.run import Point, Run, line_error
-from records.upstream import public_runs
+from records.upstream import LOOKS_SCORED, public_runs
 
 FORMAT = 1
 RULE = "=" * 100
-STEP = re.compile(r"step:(\d+)/(\d+) val_loss:(\d+\.\d+|-?inf|nan) train_time:(\d+\.\d+)s "
-                  r"step_avg:(\d+\.\d+|nan)ms")
-REQUIRED = {  # the words we know and the keys that readers rely on
-    "meta": ("format", "optimizer", "seed", "world_size", "device", "config"),
-    "optim": ("step", "groups"),
-    "target": ("loss", "step", "crossing_step"),
-    "end": ("status",),
+STEP = re.compile(r"step:(\d{1,15})/(\d{1,15}) val_loss:(\d{1,30}\.\d+|-?inf|nan) "
+                  r"train_time:(\d{1,15}\.\d+)s step_avg:(\d{1,15}\.\d+|nan)ms")
+NUMBER, MISSING = (int, float), type(None)
+REQUIRED = {  # the words we know and the keys that readers rely on, with their types
+    "meta": {"format": int, "optimizer": str, "seed": int, "world_size": int, "device": str,
+             "config": dict},
+    "optim": {"step": int, "groups": list},
+    "target": {"loss": NUMBER, "step": int, "crossing_step": NUMBER},
+    "end": {"status": str},
+}
+OPTIONAL = {  # the same of what may be missing
+    "meta": {"torch": str, "code_sha256": str},
+    "config": {"target": (*NUMBER, MISSING), "steps": int, "batch_tokens": int},
+    "groups": {"name": str},
 }
 
 
@@ -100,10 +108,12 @@ def _json_lines(path: Path, lines: list[str], start: int) -> dict[str, list[dict
         word, _, text = line.partition(":")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # a number of 5000 digits is a ValueError
             value = None
-        keys = REQUIRED.get(word, ())
+        keys = REQUIRED.get(word, {})
         if isinstance(value, dict) and all(key in value for key in keys):
+            if wrong := _wrong_type(word, value):
+                raise line_error(path, number, f"{word} with {wrong}", "a value of its type")
             found.setdefault(word, []).append(value)
         elif word in REQUIRED:
             wanted = f"a JSON object with {', '.join(keys)}"
@@ -111,10 +121,26 @@ def _json_lines(path: Path, lines: list[str], start: int) -> dict[str, list[dict
     return found
 
 
+def _wrong_type(word: str, value: dict) -> str:
+    """The first key with a value of another type than readers rely on; numbers are finite."""
+    types = REQUIRED.get(word, {}) | {key: kind for key, kind in OPTIONAL.get(word, {}).items()
+                                      if key in value}
+    for key, kind in types.items():
+        one = value[key]
+        if (not isinstance(one, kind) or isinstance(one, bool)
+                or isinstance(one, float) and not isfinite(one)):
+            return f"{key} {json.dumps(one)[:60]}"
+    if word == "optim":
+        wrong = [each for each in value["groups"] if not isinstance(each, dict)
+                 or "name" not in each or _wrong_type("groups", each)]
+        return f"a group {json.dumps(wrong[0])[:60]}" if wrong else ""
+    return _wrong_type("config", value["config"]) if word == "meta" else ""
+
+
 def _points(path: Path, lines: list[str], start: int) -> list[Point]:
     points: list[Point] = []
     for number, line in enumerate(lines[start:], start + 1):
-        if not line.startswith("step:") or " val_loss:" not in line:
+        if "val_loss" not in line or not LOOKS_SCORED.search(line):
             continue
         match = STEP.fullmatch(line)
         if match is None:
@@ -122,6 +148,11 @@ def _points(path: Path, lines: list[str], start: int) -> list[Point]:
         point = Point(int(match[1]), int(match[2]), *map(float, match.groups()[2:]))
         if points and point.step <= points[-1].step:
             raise line_error(path, number, f"step {point.step}", f"one above {points[-1].step}")
+        if point.step > point.total_steps:
+            raise line_error(path, number, f"step {point.step} of {point.total_steps}", "no more")
+        if points and point.train_time_s < points[-1].train_time_s:
+            raise line_error(path, number, f"train_time {point.train_time_s:g} s",
+                             f"{points[-1].train_time_s:g} s or more, as before")
         points.append(point)
     if not points:
         found = "the end without any step: line"

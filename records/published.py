@@ -56,12 +56,13 @@ def entry(name: str) -> Entry:
 def track_3() -> dict[int, Entry]:
     """All entries by number, in the order of the table."""
     scored = {row["entry"]: row["claim_field"] for row in _rows("results")}
-    points = _points(scored)
+    points, methods = _points(scored), {row["entry"]: row["method"] for row in _rows("results")}
     runs: dict[int, list[Run]] = {}
     for row in _rows("runs"):
         if row["role"] == "evidence":
             runs.setdefault(int(row["entry"]), []).append(
-                _run(row, points[row["entry"], row["run"]], scored[row["entry"]]))
+                _run(row, points[row["entry"], row["run"]], scored[row["entry"]],
+                     methods[row["entry"]]))
     notes: dict[tuple[int, int], list[float]] = {}
     for row in _rows("readme_only"):
         key = int(row["entry"]), int(row["step"])
@@ -90,10 +91,11 @@ def _points(scored: dict[str, str]) -> dict[tuple[str, str], list[Point]]:
     return points
 
 
-def _run(row: dict[str, str], points: list[Point], metric: str) -> Run:
+def _run(row: dict[str, str], points: list[Point], metric: str, method: str) -> Run:
     known = {"seed": row["seed"], "world_size": row["world_size"]}
     meta: dict = {key: int(value) for key, value in known.items() if value}
-    meta |= {key: value for key, value in (("device", row["gpu"]), ("torch", row["torch"]))
+    meta |= {key: value for key, value in (("device", row["gpu"]), ("torch", row["torch"]),
+                                           ("source_md5", row["source_md5"]), ("method", method))
              if value}
     last, total = int(row["last_step"]), int(row["total_steps"])
     status = "complete" if last == total else f"ends at step {last} of {total}"

@@ -8,24 +8,23 @@ measurement, newest last). `--check` only compares and exits with 2 where a page
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean, stdev
 
+from records.figures import gpus, group_runs, look, rendered
+from records.groups import Group
 from records.log import Run, parse_log
+from records.show import run_table
+from records.table import markdown, number
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^(<!-- table:(\w+) -->\n).*?^(<!-- /table:\2 -->)$", re.DOTALL | re.MULTILINE)
-FIRST_STEP = 125  # the losses before it only stretch the axis
-STYLES = ("-", "--", ":", "-.")  # of the first, second ... run of one optimizer
-OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colour-blind-safe set)
-    "aurora": ("Aurora", "#D55E00"), "riemannian": ("Riemannian Aurora", "#E69F00"),
-    "muon": ("Muon", "#0072B2"), "adamw": ("AdamW", "#56B4E9"),
-    "normuon": ("NorMuon", "#009E73"), "unormuon": ("U-NorMuon", "#CC79A7"),
-}
 ORIGIN = (("torch", "torch", ""), ("commit", "commit", ".7"))
 BENCHES = {  # what tells measurements apart, then a column per (title, key, format)
-    "optimizers": (("device",), (
+    "optimizers": (("device", "command"), (
         ("ms per step", "ms", ".2f"), ("rms of sigma - 1", "rms_sigma", ".2g"),
         ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"), *ORIGIN)),
     "trainer": (("device", "gpus", "preset", "optimizer"), (
@@ -48,21 +47,22 @@ def prose_table(root: Path) -> str:
               "steps to target (interpolated)", "train time (s)", "ms per step", "tokens/s", "log"]
     command = "python train_gpt.py --preset prose --log records/prose/NAME.txt"
     rows = [_prose_row(run, root) for run in prose_runs(root)]
-    return _markdown(header, rows) if rows else f"not measured yet: run `{command}`\n"
+    return markdown(header, rows) if rows else f"not measured yet: run `{command}`\n"
 
 
 def _prose_row(run: Run, root: Path) -> list[str]:
     meta, last, goal = run.meta, run.points[-1], run.meta["config"]["target"]
     final = f"{last.val_loss:.5f} ({last.step})"
-    steps = f"{goal:.6g} not reached" if goal else "-"
-    if run.target is not None:
-        crossing = _number(run.target["crossing_step"], ".1f")
-        steps = f"{run.target['step']} ({crossing}) to {run.target['loss']:.6g}"
-    return [_look(meta["optimizer"])[0], _gpus(meta), str(meta["seed"]),
-            *(_number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
+    header, (row,) = run_table([Group(run.name, [run])], goal or None)  # as show prints them
+    # "step at 3.42 (interpolated)" stands behind, and replaces, "step"
+    shown = {title.partition(" at ")[0]: cell for title, cell in zip(header, row, strict=True)}
+    steps = "-" if not goal else f"{shown['step']} to {goal:.6g}"
+    if goal and run.crossing(goal) is None:
+        steps = f"{goal:.6g} not reached"
+    return [look(meta["optimizer"])[0], gpus(meta), str(meta["seed"]),
+            *(number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
             final if run.status == "complete" else f"{final}, {run.status}", steps,
-            f"{last.train_time_s:.3f}", _number(last.step_avg_ms, ".2f"),
-            _number(1000 * meta["config"]["batch_tokens"] / last.step_avg_ms, ",.0f"),
+            f"{last.train_time_s:.3f}", shown["ms per step"], shown["tokens/s"],
             f"[log]({run.path.relative_to(root).as_posix()})"]
 
 
@@ -73,10 +73,10 @@ def bench_table(root: Path, bench: str) -> str:
     if not entries:
         return f"not measured yet: run `python tools/bench_{bench}.py`\n"
     rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
-    cells = [[_look(row.get("name", row.get("optimizer", "-")))[0], _gpus(row),
-              *(_number(row.get(key), form) for _, key, form in columns)] for row in rows]
+    cells = [[look(row.get("name", row.get("optimizer", "-")))[0], gpus(row),
+              *(number(row.get(key), form) for _, key, form in columns)] for row in rows]
     commands = dict.fromkeys(f"`{entry.get('command', '-')}`" for entry in entries)
-    table = _markdown(["optimizer", "GPUs", *(title for title, _, _ in columns)], cells)
+    table = markdown(["optimizer", "GPUs", *(title for title, _, _ in columns)], cells)
     return f"{table}\nMade by {', '.join(commands)}.\n"
 
 
@@ -87,8 +87,8 @@ def exactness_table(root: Path, bench: str) -> str:
     text = ""
     for entry in (entry for entry in entries if entry["bench"] == bench):
         header = list(max(entry["rows"], key=len))
-        rows = [[_look(str(row.get(key, "-")))[0] for key in header] for row in entry["rows"]]
-        text += f"{_markdown(header, rows)}\nMade by `{entry['command']}` on {entry['device']} "
+        rows = [[look(str(row.get(key, "-")))[0] for key in header] for row in entry["rows"]]
+        text += f"{markdown(header, rows)}\nMade by `{entry['command']}` on {entry['device']} "
         text += f"({entry['shape']}, torch {entry['torch']}, commit {entry['commit'][:7]}).\n"
     return text or f"not measured yet: run `{command}`\n"
 
@@ -97,62 +97,66 @@ def _newest(path: Path, keys: tuple[str, ...]) -> list[dict]:
     """The last line of a JSONL file for each value of `keys`, sorted by them."""
     found: dict[tuple, dict] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             found[tuple(entry[key] for key in keys)] = entry
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number}: found '{line[:80]}', expected a JSON object "
+            raise ValueError(f"{path} line {place}: found '{line[:80]}', expected a JSON object "
                              f"with {', '.join(keys)}; measure again or delete it") from error
     return [found[key] for key in sorted(found)]
 
 
-def draw_curves(runs: list[Run], path: Path) -> None:
-    """Validation loss against steps: the whole run on the left, its last third on the right."""
-    from matplotlib.figure import Figure  # here, so that --check needs the standard library only
-
-    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, 2)
-    starts = FIRST_STEP, 2 / 3 * max(run.points[-1].step for run in runs)
-    for run in runs:
-        name, seed = run.meta["optimizer"], run.meta["seed"]
-        same = [other.path for other in runs if other.meta["optimizer"] == name]
-        look = {"color": _look(name)[1], "linestyle": STYLES[same.index(run.path) % len(STYLES)],
-                "label": f"{_look(name)[0]}, {_gpus(run.meta)}, seed {seed}"}
-        for axes, first in zip(panels, starts, strict=True):
-            points = [(point.step, point.val_loss) for point in run.points if point.step >= first]
-            axes.plot([step for step, _ in points], [loss for _, loss in points], **look)
-    for axes in panels:
-        for target in sorted({run.meta["config"]["target"] for run in runs} - {0.0}):
-            axes.axhline(target, ls=(0, (6, 4)), lw=1, color="0.4", label=f"target {target:.6g}")
-        axes.set(xlabel="step", ylabel="validation loss")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, frameon=False,
-                  loc="outside lower center")
-    figure.savefig(path, metadata={"Software": None})  # no version stamp: same data, same bytes
+def leaderboard(root: Path) -> str:
+    """One row per record folder: those that pass the rule first, by steps and then by loss."""
+    rows = []
+    for path in root.glob("records/*/*/record.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            order = (not record["passes"], record["steps"], record["mean_loss"], path)
+            rows.append((order, _record_row(record, path.parent.relative_to(root / "records"))))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: found no record ({error!r}), expected what pack wrote; run "
+                             f"python -m records verify {path.parent}") from error
+    header = ["track", "steps", "mean loss", "sd", "n", "target", "statistic", "passes",
+              "optimizer", "what", "date", "record"]
+    table = markdown(header, [row for _, row in sorted(rows)])
+    return table if rows else "no record yet: run `python -m records pack FOLDER --name NAME`\n"
 
 
-def _look(name: str) -> tuple[str, str]:
-    return OPTIMIZERS.get(name, (name, "black"))
+def _record_row(record: dict, folder: Path) -> list[str]:
+    return [folder.parent.name, f"{record['steps']}", f"{record['mean_loss']:.5f}",
+            number(record["sd"], ".5f"), f"{record['n']}", f"{record['target']:.6g}",
+            f"{record['statistic']:.5f}", "yes" if record["passes"] else "no",
+            look(record["optimizer"])[0], record["what"] or "-", record["date"],
+            f"[{record['name']}]({folder.as_posix()}/README.md)"]
 
 
-def _gpus(entry: dict) -> str:
-    count = entry.get("world_size", entry.get("gpus", 1))
-    return f"{count} x {entry['device'].removeprefix('NVIDIA ')}"
-
-
-def _number(value: float | str | None, form: str) -> str:
-    return "-" if value is None or value != value else format(value, form)  # nan != nan
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+def prose_groups(root: Path) -> str:
+    """One row per group of complete prose runs that differ in their seeds only."""
+    runs = [run for run in prose_runs(root) if run.status == "complete"]
+    rows = []
+    for label, group in group_runs(runs).items():
+        seeds, losses = [run.seed for run in group], [run.final.val_loss for run in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"records/prose: {label} has seeds {sorted(seeds)}, expected each "
+                             "once; keep one log of each")
+        crossings = [run.crossing(run.meta["config"]["target"]) for run in group]
+        steps = "-" if None in crossings else number(
+            fmean(c.exact_step for c in crossings), ".1f")
+        rows.append([label, f"{len(group)}", ", ".join(map(str, sorted(seeds))),
+                     f"{fmean(losses):.5f}", f"{stdev(losses):.5f}" if len(losses) > 1 else "-",
+                     steps, f"{fmean(run.final.step_avg_ms for run in group):.2f}"])
+    header = ["runs", "n", "seeds", "mean final loss", "sd", "mean steps to target", "ms per step"]
+    return markdown(header, rows) if rows else "not measured yet\n"
 
 
 TABLES = {"prose": prose_table} | {f"bench_{b}": partial(bench_table, bench=b) for b in BENCHES}
 TABLES |= {bench: partial(exactness_table, bench=bench) for bench in ("polar", "parity")}
+TABLES |= {"leaderboard": leaderboard, "prose_groups": prose_groups}
 PAGES = {"README.md": ("bench_optimizers", "bench_trainer", "prose"),
-         "docs/optimizers.md": ("parity", "polar")}
+         "docs/optimizers.md": ("parity", "polar"),
+         "records/README.md": ("leaderboard", "prose_groups")}
 
 
 def fill_tables(text: str, root: Path, page: str = "README.md") -> str:
@@ -164,14 +168,14 @@ def fill_tables(text: str, root: Path, page: str = "README.md") -> str:
     return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](root) + block[3], text)
 
 
-def check(root: Path) -> None:
+def check(root: Path, pages: Iterable[str] = PAGES) -> None:
     """ValueError on the first line of a page that is not what the data say."""
-    for page in PAGES:
+    for page in pages:
         text = (root / page).read_text(encoding="utf-8")
         pairs = zip_longest(text.split("\n"), fill_tables(text, root, page).split("\n"))
-        for number, (found, expected) in enumerate(pairs, 1):
+        for place, (found, expected) in enumerate(pairs, 1):
             if found != expected:
-                raise ValueError(f"{page} line {number}: found '{found}', expected '{expected}'; "
+                raise ValueError(f"{page} line {place}: found '{found}', expected '{expected}'; "
                                  "run python -m records.report")
 
 
@@ -182,7 +186,10 @@ def write(root: Path) -> None:
     for page, text in texts.items():
         (root / page).write_text(text, encoding="utf-8", newline="\n")
     if runs := [run for run in prose_runs(root) if run.status == "complete"]:
-        draw_curves(runs, root / "records/prose/curves.png")
+        from records.plot import draw_loss  # here: the tables do not need matplotlib
+
+        picture = rendered(draw_loss(group_runs(runs), runs[0].meta["config"]["target"]), "png")
+        (root / "records/prose/curves.png").write_bytes(picture)
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> None:

@@ -5,6 +5,9 @@ from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import NamedTuple
 
+# Of a run's config: where it ran and what it wrote, which change no loss.
+FREE = {"seed", "trials", "log", "data", "wandb", "device", "diagnostics", "checkpoint", "eval"}
+
 
 class Point(NamedTuple):
     """One validation. Public logs may lack the number of planned steps (0) and times (nan)."""

@@ -1,6 +1,7 @@
 """Runs as a table: logs, folders, globs, `track_3` (the published leaderboard) or `track_3#36`.
 
-What is unknown is a dash. Of the leaderboard, a mean or an n is printed twice where the number
+What is unknown is a dash; a NaN loss is printed as such, with the status of its run.
+Of the leaderboard, a mean or an n is printed twice where the number
 claimed there and the one recomputed from the logs differ.
 """
 
@@ -12,7 +13,8 @@ from records.run import Run
 from records.stats import precision, summary
 from records.table import number, p_value, say
 
-SETTINGS = (("lr", "lr"), ("weight_decay", "wd"), ("momentum", "momentum"))
+SHORT = {"weight_decay": "wd"}
+UNSET = ("name", "optimizer", "initial_lr", "fused", "decoupled_weight_decay")
 LEADERBOARD = ["entry", "date", "steps", "n", "mean loss", "sd", "(3.28 - mean) sqrt(n)", "rule",
                "p", "record", "method"]
 
@@ -38,7 +40,7 @@ def run_table(groups: list[Group], target: float | None) -> tuple[list[str], lis
     goal = "target" if target is None else f"{target:g}"
     header = ["group", "run", "status", "step", "final loss", "best loss (step)",
               f"step at {goal} (interpolated)", f"seconds to {goal}", "ms per step", "tokens/s",
-              "hardware", "seed"]
+              "hardware", "optimizer", "seed"]
     claimed = any(one.step for one in groups)
     header[4:4] = ["loss at the claimed step"] if claimed else []
     rows = []
@@ -49,6 +51,10 @@ def run_table(groups: list[Group], target: float | None) -> tuple[list[str], lis
                 loss = each.loss_at(one.step) if one.step else None
                 row[4:4] = [f"{number(loss, '.5f')} ({one.step})" if one.step else "-"]
             rows.append(row)
+    metrics = [each.metric for one in groups for each in one.runs]
+    if {*metrics} != {"val_loss"}:
+        header.append("metric")
+        rows = [[*row, metric] for row, metric in zip(rows, metrics, strict=True)]
     same = len(groups) == 1
     return header[same:], [row[same:] for row in rows]
 
@@ -65,7 +71,7 @@ def _run_row(each: Run, target: float | None) -> list[str]:
             f"{last.val_loss:.5f}", f"{best.val_loss:.5f} ({best.step})", where,
             number(crossing and crossing.exact_seconds, ".3f"), number(pace and 1000 * pace, ".2f"),
             number(tokens and pace and tokens / pace, ",.0f"), hardware(each),
-            number(each.seed, "d")]
+            each.meta.get("optimizer", "-"), number(each.seed, "d")]
 
 
 def hardware(each: Run) -> str:
@@ -76,15 +82,30 @@ def hardware(each: Run) -> str:
 def read_back(groups: list[Group]) -> list[str]:
     """What the optimizers of the runs really used, once for all runs that used the same."""
     runs: dict[str, list[str]] = {}
-    for each in (each for one in groups for each in one.runs if each.optim):
+    names = [each.name for one in groups for each in one.runs]
+    for part_of, each in ((one, each) for one in groups for each in one.runs if each.optim):
         parts: dict[str, list[str]] = {}
         for part in each.optim["groups"]:
-            values = " ".join(f"{short} {part[key]:g}" for key, short in SETTINGS
-                              if isinstance(part.get(key), int | float))
+            values = " ".join(f"{SHORT.get(key, key)} {_setting(value)}"
+                              for key, value in part.items()
+                              if key not in UNSET and value is not None and value is not False)
             parts.setdefault(values, []).append(part["name"])
-        settings = "; ".join(f"{', '.join(names)} {values}" for values, names in parts.items())
-        runs.setdefault(settings, []).append(each.name)
+        settings = "; ".join(f"{', '.join(same)} {values}" for values, same in parts.items())
+        unique, several = names.count(each.name) == 1, len(groups) > 1
+        name = each.name if unique else _path_in(part_of, each, several)
+        runs.setdefault(settings, []).append(name)
     return [f"settings read back of {', '.join(names)}: {line}" for line, names in runs.items()]
+
+
+def _setting(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"{value}".replace(" ", "")
+
+
+def _path_in(one: Group, each: Run, several: bool) -> str:
+    """Of a run whose stem is not its own: its path, below the folder where there is only one."""
+    inside = not several and one.name in map(str, each.path.parents)
+    path = each.path.relative_to(one.name) if inside else each.path
+    return f"{path}#{each.trial}" if each.trial else f"{path}"
 
 
 def _entry_row(entry: Entry) -> list[str]:

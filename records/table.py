@@ -1,6 +1,9 @@
 """Tables for the terminal (rich) and for Markdown, from the same header and rows of texts."""
 
+import re
 from collections.abc import Sequence
+
+NUMERIC = re.compile(r"[\[(]?-?\d[\d.,/]*(?:e-?\d+)?[\]),]*")  # a word that must not be broken
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,7 +21,10 @@ def p_value(p: float) -> str:
 
 
 def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool = False) -> None:
-    """Print a table without the columns that are all dashes; a pipe gets whole lines."""
+    """Print a table without the columns that are all dashes; a pipe gets whole lines.
+
+    Numbers are never broken: a table that needs more than the terminal has is wider than it.
+    """
     keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
     header, rows = [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
     if as_markdown:
@@ -29,12 +35,16 @@ def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool 
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    widths: list[int] = []  # in which no number is broken
     for title, *cells in zip(header, *rows, strict=True):
-        table.add_column(title, overflow="fold", min_width=min(6, max(map(len, cells))))
+        words = [len(word) for cell in cells for word in cell.split() if NUMERIC.fullmatch(word)]
+        widths.append(max([min(6, max(map(len, cells))), *words]))
+        table.add_column(title, overflow="fold", min_width=widths[-1])
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 400
+    console.width = max(console.width, sum(widths) + len(widths))
     console.print(table)
     console.print()

@@ -13,47 +13,94 @@ from pathlib import Path
 
 from records.run import Point, Run, line_error
 
-FIELD = r"[a-z_]+:(?:\d+(?:\.\d+)?|-?inf|nan)(?:ms|s|%)?"
-VALIDATION = re.compile(rf"(?:step:(\d+)/(\d+) +(?=.*\bval_)|s:(\d+) (?=tel:))"
+FIELD = r"[A-Za-z_]\w*:(?:\d{1,30}(?:\.\d{1,30})?|-?inf|nan)(?:ms|s|%)?"
+VALIDATION = re.compile(rf"(?:step:(\d{{1,15}})/(\d{{1,15}}) +(?=.*\bval_)|s:(\d{{1,15}}) (?=tel:))"
                         rf"({FIELD}(?: +{FIELD})*)")
-LOOKS_SCORED = re.compile(r"(?:step:.*\bval_\w*loss:|s:\d+ tel:)")
+LOOKS_SCORED = re.compile(r"step[:= ] ?\d.*\bval_\w*loss\b *[:=]|\bs:\d+ tel:")  # anywhere
+PART = re.compile(r"(?:\d*\.?\d*|-?(?:in?f?)?|na?n?)(?:ms?|s|%)?")  # of a number that was cut
 SCORED = ("val_ema_loss", "val_loss", "tel")  # the first of these in a line counts; tel: llm.c
 SOURCE = re.compile(r"(?:import|from) \w+(?:$|[. ,])")
 FACTS = {  # of a public log, from the lines around its results; kept where there is one value only
     "torch": re.compile(r"Running py ?torch (\S+)", re.IGNORECASE),
     "device": re.compile(r"^(?:Running .*(?: on |device_name=)(.+) with world_size|"
                          r"\|\s+\d+\s+(NVIDIA .+?)\s+(?:On|Off)\s|GPU \d+: (.+) \(UUID)", re.M),
-    "world_size": re.compile(r"^Running .* with world_size[ =](\d+)", re.M),
-    "seed": re.compile(r"^(?:Using )?seed[=:] ?(\d+)$|--seed[ =](\d+)\b", re.M),
+    "world_size": re.compile(r"^Running .* with world_size[ =](\d{1,9})", re.M),
+    "seed": re.compile(r"^(?:Using )?seed[=:] ?(\d{1,30})$|--seed[ =](\d{1,30})\b", re.M),
 }
 
 
 def public_runs(path: Path, lines: list[str], rules: list[int]) -> list[Run]:
-    """Trials begin where the first step of the file stands again; a repeated line counts once."""
+    """Trials begin where the first step of the file stands again; a repeated line counts once.
+
+    Only the last result of a file may be cut off; it does not count, and the status says so.
+    """
     _check_source(path, lines, rules)
     trials: list[list[tuple[Point, str, dict]]] = []
     facts: list[dict] = []
-    above, cut = rules[0] if rules else 0, None
-    for number, line in _validations(lines, rules[-1] if rules else 0):
-        if number == len(lines) and not line.endswith("ms"):
+    above, cut, model, short = rules[0] if rules else 0, None, "", None
+    found = [*_validations(lines, rules[-1] if rules else 0)]
+    for number, line in found:
+        if number == found[-1][0] and _is_cut(line, model):
             cut = number
             continue
         scored = _scored(path, number, line)
         if not trials or scored[0].step == trials[0][0][0].step and trials[-1] != [scored]:
+            if short:
+                raise short
             trials.append([scored])
             facts.append(_facts("\n".join(lines[above:number])))
+            model = max(line, model, key=_decimals) if _shape(line) == _shape(model) else line
         elif scored not in trials[-1]:
             _check_follows(path, number, scored, trials[-1][-1])
+            first = trials[-1][0][0].step == 0 and len(trials[-1]) == 1
+            if first and {*_shape(model)} < {*_shape(line)}:
+                model = line  # at step 0 some logs lack a field
+            if _shape(line) != _shape(model):
+                raise line_error(path, number, f"'{line[:80]}'",
+                                 f"the fields of the first result, '{model[:80]}'")
             trials[-1].append(scored)
+        model = max(model, line, key=_decimals)
+        short = None if _decimals(line) == _decimals(model) else line_error(
+            path, number, f"'{line[:80]}'", "as many decimals as before")
+        if short and line.startswith("step:"):  # these are printed with a fixed number of them
+            raise short
         above = number
     if not trials:
-        found = "the end without a validation"
-        raise line_error(path, len(lines), found, "a line step:N/N val_loss:X")
+        raise line_error(path, len(lines), "the end without a validation",
+                         "a line step:N/N val_loss:X")
     script = "".join(f"{line}\n" for line in lines[:rules[0] - 1]) if rules else ""
     shared = {key: value for key, value in facts[0].items() if key != "seed"}
     return [_public_run(path, script, shared | own, trial, points,
                         cut if trial + 1 == len(trials) else None)
             for trial, (own, points) in enumerate(zip(facts, trials, strict=True))]
+
+
+def _shape(line: str) -> list[tuple[str, str]]:
+    """The names and units of the fields of a whole result, without its step."""
+    return [(name, value[len(value.rstrip("ms%")):])
+            for name, _, value in (field.partition(":") for field in line.split()[1:])]
+
+
+def _decimals(line: str) -> int:
+    """Of the last number, where that has no unit: such a number is a number when cut, too."""
+    field = line.split()[-1]
+    return len(field.partition(".")[2]) if field[-1:].isdigit() else 0
+
+
+def _is_cut(line: str, model: str) -> bool:
+    """Whether a result like the model begins so and ends too early; other lines are not cut."""
+    shape, fields = _shape(model), line.split()[1:]
+    if not model:  # the only result of the file
+        return bool(VALIDATION.fullmatch(line)) and 0 < _decimals(line) < 4
+    if VALIDATION.fullmatch(line) and _shape(line) == shape:
+        return _decimals(line) < _decimals(model)
+    if not (LOOKS_SCORED.match(line) and 0 < len(fields) <= len(shape)
+            and all(re.fullmatch(FIELD, field) for field in fields[:-1])):
+        return False
+    name, colon, value = fields[-1].partition(":")
+    wanted = shape[len(fields) - 1][0]
+    return (_shape(line)[:-1] == shape[:len(fields) - 1] and PART.fullmatch(value) is not None
+            and (name == wanted if colon else wanted.startswith(name)))
 
 
 def _check_source(path: Path, lines: list[str], rules: list[int]) -> None:
@@ -68,7 +115,7 @@ def _check_source(path: Path, lines: list[str], rules: list[int]) -> None:
 
 def _validations(lines: list[str], start: int) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines[start:], start + 1):
-        if ("val_" in line or line[:2] == "s:") and LOOKS_SCORED.match(line):
+        if ("val_" in line or " tel:" in line) and LOOKS_SCORED.search(line):
             yield number, line.rstrip()
 
 
@@ -83,8 +130,13 @@ def _scored(path: Path, number: int, line: str) -> tuple[Point, str, dict]:
     step, loss = int(match[1] or match[3]), _number(fields.pop(metric))
     others = {name: _number(text) for name, text in fields.items() if name.startswith("val_")}
     time, average = fields.get("train_time", "nan"), fields.get("step_avg", "nanms")
+    if not time.endswith("s") and time != "nan" or not average.endswith("s"):
+        raise line_error(path, number, f"'{line[:80]}'", "times in s or ms")
     seconds = _number(time) / (1000 if time.endswith("ms") else 1)
-    point = Point(step, int(match[2] or 0), loss, seconds, _number(average))
+    milliseconds = _number(average) * (1 if average.endswith("ms") else 1000)
+    point = Point(step, int(match[2] or 0), loss, seconds, milliseconds)
+    if match[2] and step > point.total_steps:
+        raise line_error(path, number, f"step {step} of {point.total_steps}", "none above the last")
     return point, metric, {"step": step, **others} if others else {}
 
 
@@ -98,6 +150,9 @@ def _check_follows(path: Path, number: int, scored: tuple, before: tuple) -> Non
     if point.step <= last.step or point.total_steps != last.total_steps or metric != name:
         raise line_error(path, number, f"{metric} at step {point.step}/{point.total_steps} after "
                      f"{name} at {last.step}/{last.total_steps}", "a later step of the same run")
+    if last.step and point.train_time_s < last.train_time_s:  # clocks may start after step 0
+        raise line_error(path, number, f"train_time {point.train_time_s:g} s after "
+                         f"{last.train_time_s:g} s", "a clock that does not run backwards")
 
 
 def _facts(text: str) -> dict:

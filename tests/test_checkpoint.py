@@ -118,6 +118,30 @@ def test_a_run_with_other_settings_does_not_go_on_from_it(
     assert "there is no checkpoint missing.pt" in capsys.readouterr().err
 
 
+def test_another_seed_or_other_data_do_not_go_on_from_it(
+    tiny: Callable, capsys: pytest.CaptureFixture, tmp_path: Path, corpus: Path
+) -> None:
+    """The log of seed 2 had the losses of seed 1, and nothing said so."""
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "b.txt", "--seed", "2")) == 2
+    assert "run.pt was made with seed 1, now it is 2" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in corpus.iterdir():
+        (other / path.name.replace("000001", "000003")).write_bytes(path.read_bytes())
+    flags = ["--checkpoint", "run.pt", "--log", "b.txt", "--data", str(other)]
+    assert train_gpt.main(tiny(*flags)) == 2
+    assert "run.pt was made with shards {" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_a_folder_is_refused_before_the_run(
+    tiny: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    Path("folder").mkdir()
+    assert train_gpt.main(tiny("--checkpoint", "folder", "--log", "b.txt")) == 2
+    assert "folder is no file" in capsys.readouterr().err and not Path("b.txt").exists()
+
+
 def on_rank(rank: int, size: int, args: list[str], folder: str) -> int:
     """Ranks change into the folder, then train as torchrun would have them."""
     import os

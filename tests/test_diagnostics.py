@@ -101,6 +101,18 @@ def test_a_neuron_persists_only_while_it_starves_at_every_check() -> None:
                      30: pytest.approx(2 / 32, rel=1e-3)}  # fmt: skip
 
 
+def test_groups_without_names_are_told_apart() -> None:
+    """Both were called None.0, and one was measured with the other's weights."""
+    params = [nn.Parameter(tensor(8, 2, seed=seed)) for seed in (0, 1)]
+    opt = Muon([dict(params=[p], neuron_axis=0) for p in params])
+    diagnostics = Diagnostics(opt)
+    for p in params:
+        p.grad = tensor(8, 2, seed=2)
+    diagnostics.before_step()
+    opt.step()
+    assert sorted(diagnostics.measure(1)) == ["0.0", "1.0"]
+
+
 def test_a_first_step_from_nothing_and_no_gradient_at_all_stay_json() -> None:
     p = nn.Parameter(torch.zeros(8, 2))
     opt = Muon([dict(params=[p], neuron_axis=0, name="x")])

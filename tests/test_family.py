@@ -306,6 +306,14 @@ def test_at_two_rounds_and_one_half_no_row_meets_the_clamp(
 # ---- Riemannian Aurora -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_three_climbs_leave_rows_of_very_different_momenta_half_as_long_again(seed: int) -> None:
+    """A limit that docs/optimizers.md names: log-normal rows of sigma 2."""
+    X = gaussian(384, 96, seed=seed) * (2 * gaussian(384, 1, seed=100 + seed)).exp()
+    U = direction("riemannian", X, polar="exact", dtype=torch.float64)
+    assert 1.2 < U.norm(dim=-1).max() * 2 < 1.8
+
+
 @pytest.mark.parametrize("make", [powerlaw, uneven], ids=["spectrum 1/i", "log-normal rows"])
 def test_riemannian_goes_further_along_the_momentum_with_rows_as_even(make) -> None:
     """aurora.md 1.3: of the nuclear norm, vanilla reaches 0.67 at spectrum 1/i."""

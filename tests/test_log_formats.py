@@ -92,8 +92,8 @@ def test_the_scored_loss_under_another_name_is_kept_with_its_name(tmp_path: Path
     run, = parse_runs(write(tmp_path / "a.txt", lines))
     assert run.metric == "val_ema_loss" and run.loss_at(300) == 3.27
     assert run.extra["losses"][1] == {"step": 300, "val_loss": 3.29, "val_avg_loss": 3.29}
-    mixed = [*lines, *steps((310, 3.1))]
-    assert "line 13: found val_loss at step 310" in message(write(tmp_path / "b.txt", mixed))
+    mixed = [lines[0], *steps((250, 3.1)), lines[1]]
+    assert "line 12: found val_loss at step 250" in message(write(tmp_path / "b.txt", mixed))
 
 
 def test_llm_c_lines_have_no_length_and_no_times(tmp_path: Path) -> None:
@@ -122,6 +122,82 @@ def test_a_truncated_log_says_where_it_ends(tmp_path: Path) -> None:
         assert run.status == "cut off in line 12, after step 0 of 300"
     path.write_text(whole[:-1], encoding="utf-8")  # only the line feed is missing
     assert len(parse_runs(path)[0].points) == 2
+
+
+@pytest.mark.parametrize("tail", [
+    "step:300/300 val_loss:3.2", "step:300/300 val_loss:3.2\n",
+    "step:300/300 val_loss:3.2\nTraceback (most recent call last):\nKeyboardInterrupt\n",
+    "step:300/300 val_loss:3.27123 train_time:150.000s step_avg:500.00\nKilled\n",
+    "step:300/300 val_loss:3.27123 train_time:15\nKilled\n",
+])
+def test_a_loss_cut_short_is_no_result_whatever_follows(tmp_path: Path, tail: str) -> None:
+    """A cut 3.2 above a traceback was read as the final loss 3.2, "complete"."""
+    path = write(tmp_path / "a.txt", steps((0, 10.8), (200, 3.5)))
+    path.write_text(path.read_text(encoding="utf-8") + tail, encoding="utf-8")
+    run, = parse_runs(path)
+    assert run.final[:3] == (200, 300, 3.5)
+    assert run.status == "cut off in line 13, after step 200 of 300"
+    alone = write(tmp_path / "b.txt", ["step:300/300 val_loss:3.2", "Killed"])
+    assert "without a validation" in message(alone)
+
+
+def test_all_results_of_a_trial_have_the_same_fields(tmp_path: Path) -> None:
+    """Cut short in the middle of a file, a result cannot be known from a whole one."""
+    head, tail = steps((0, 10.8), (100, 3.5)), steps((300, 3.2))
+    cut = "step:200/300 val_loss:3.2"
+    assert "line 13: found 'step:200/300 val_loss:3.2', expected the fields of" in message(
+        write(tmp_path / "a.txt", [*head, cut, *tail]))
+    last = [f"step:{step}/9 val_loss:{loss}" for step, loss in
+            ((0, "10.80000"), (9, "3.2"), (0, "10.90000"), (9, "3.21000"))]
+    assert "line 12: found 'step:9/9 val_loss:3.2', expected as many decimals" in message(
+        write(tmp_path / "b.txt", last))
+
+
+def test_a_loss_cut_short_in_the_middle_of_a_curve_is_no_loss(tmp_path: Path) -> None:
+    """3.2 of 3.29000 was read as 3.2 where later results of the same trial followed."""
+    curve = [f"step:{step}/9 val_loss:{loss}" for step, loss in
+             ((0, "10.80000"), (3, "3.2"), (6, "3.28000"), (9, "3.27000"))]
+    assert "line 12: found 'step:3/9 val_loss:3.2', expected as many decimals" in message(
+        write(tmp_path / "a.txt", curve))
+
+
+def test_extra_fields_may_be_called_as_their_authors_like(tmp_path: Path) -> None:
+    lines = [line.replace(" train_time", " H:1.5 acc1:0.3 train_time")
+             for line in steps((0, 10.8), (300, 3.27))]
+    assert losses(write(tmp_path / "a.txt", lines)) == [[10.8, 3.27]]
+
+
+def test_a_whole_last_line_needs_no_line_feed(tmp_path: Path) -> None:
+    """The last of lines that end with their loss was dropped, as it did not end in "ms"."""
+    lines = [f"step:{step}/300 train_time:{step}s step_avg:60ms val_loss:{loss}"
+             for step, loss in ((0, "10.82584"), (200, "3.40000"), (300, "3.27712"))]
+    path = write(tmp_path / "a.txt", lines)
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    run, = parse_runs(path)
+    assert run.status == "complete" and run.final.val_loss == 3.27712
+    path.write_text(path.read_text(encoding="utf-8")[:-3], encoding="utf-8")
+    assert parse_runs(path)[0].status == "cut off in line 13, after step 200 of 300"
+
+
+@pytest.mark.parametrize("prefix", ["[rank0] ", "  ", "99%|##|", "step:299/300 train_time:1s "])
+def test_a_result_behind_a_prefix_is_not_lost(tmp_path: Path, prefix: str) -> None:
+    """Such lines were passed over: the run seemed to end one validation earlier, and worse."""
+    path = write(tmp_path / "a.txt", [*steps((0, 10.8), (200, 3.5)), prefix + steps((300, 3.2))[0]])
+    assert message(path).startswith(f"{path} line 13: found '{prefix}")
+
+
+@pytest.mark.parametrize(("line", "found"), [
+    ("step:300/300 val_loss:3.27123 train_time:150 step_avg:500.00ms", "expected times in s or ms"),
+    ("step:3000/300 val_loss:3.27123 train_time:150.0s step_avg:500.00ms", "step 3000 of 300"),
+    ("step:300/300 val_loss:3.27123 train_time:6.000s step_avg:500.00ms", "6 s after 100 s"),
+    (f"step:300/300 val_loss:{'3' * 5000} train_time:6.000s step_avg:500.00ms", "a whole valid"),
+    ("step:300/300 val_loss:-3.27123 train_time:150.0s step_avg:500.00ms", "a whole valid"),
+    ("step:300/300 val_loss=3.27123 train_time:150.0s step_avg:500.00ms", "a whole valid"),
+])
+def test_a_result_that_cannot_be_true_is_refused(tmp_path: Path, line: str, found: str) -> None:
+    """Times without a unit were seconds, step 31000 of 3100 was "complete", clocks ran back."""
+    path = write(tmp_path / "a.txt", [*steps((0, 10.8), (200, 3.5)), line])
+    assert message(path).startswith(f"{path} line 13: ") and found in message(path)
 
 
 def test_line_ends_bytes_and_progress_bars_change_nothing(tmp_path: Path) -> None:

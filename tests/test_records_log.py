@@ -84,6 +84,12 @@ def test_unknown_lines_are_kept_or_passed_over(tmp_path: Path) -> None:
     ([STEPS[0], STEPS[2].replace("4.64419", "4.6e1")], META, 17, "4.6e1"),
     ([STEPS[0], STEPS[2].replace("s step_avg", " step_avg")], META, 17, "66.065 step_avg"),
     ([STEPS[2], STEPS[0]], META, 17, "step 0"),
+    ([STEPS[0], f"[rank0] {STEPS[2]}"], META, 17, "[rank0] step:125"),  # such lines were lost
+    ([STEPS[0], f"  {STEPS[2]}"], META, 17, "'  step:125"),
+    ([STEPS[0], f"99%|##|{STEPS[2]}"], META, 17, "99%|##|step:125"),
+    ([STEPS[2], STEPS[4].replace(":503", ":3")], META, 17, "train_time 3.177 s"),
+    ([STEPS[0], STEPS[2].replace("step:125/", "step:1250/")], META, 17, "step 1250 of 1200"),
+    ([STEPS[0], STEPS[2].replace("125", "9" * 5000)], META, 17, "9999"),
     ([END], META, 17, "without any step: line"),
     ([STEPS[0], END[:-1]], META, 17, END[:-1]),
     ([STEPS[0], 'end: {"state": "complete"}'], META, 17, "state"),
@@ -105,3 +111,39 @@ def test_a_log_needs_both_rule_lines(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="a.txt line .*100 '='"):
         parse_log(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(("changes", "found"), [
+    ({"seed": "1"}, 'meta with seed "1"'), ({"config": "x"}, 'meta with config "x"'),
+    ({"device": None}, "meta with device null"), ({"world_size": True}, "world_size true"),
+    ({"config": {"target": "3.28"}}, 'meta with target "3.28"'), ({"torch": 2}, "torch 2"),
+    ({"config": {"target": float("nan")}}, "meta with target NaN"),
+    ({"config": {"batch_tokens": None}}, "meta with batch_tokens null"),
+])
+def test_a_damaged_meta_line_is_one_sentence(tmp_path: Path, changes: dict, found: str) -> None:
+    """The keys were looked for and not their types: show and compare ended in a traceback."""
+    with pytest.raises(ValueError, match="expected") as caught:
+        parse_log(write_log(tmp_path / "a.txt", [*STEPS, END], META | changes))
+    assert str(caught.value).startswith(f"{tmp_path / 'a.txt'} line 14: found ")
+    assert found in str(caught.value)
+
+
+@pytest.mark.parametrize(("line", "found"), [
+    ('optim: {"step": 1, "groups": ["embed"]}', 'a group "embed"'),
+    ('optim: {"step": 1, "groups": [{"lr": 0.7}]}', 'a group {"lr": 0.7}'),
+    ('optim: {"step": 1, "groups": {"name": "embed"}}', "optim with groups"),
+    ('target: {"loss": "3.42", "step": 1, "crossing_step": 1.0}', 'loss "3.42"'),
+    ('end: {"status": null}', "end with status null"), ('end: {"status": 5}', "status 5"),
+    ('end: {"status": ' + "9" * 5000 + "}", "'end: {"), ('end: ' + "[" * 99999, "'end: ["),
+])
+def test_a_damaged_line_of_results_is_one_sentence(tmp_path: Path, line: str, found: str) -> None:
+    with pytest.raises(ValueError, match="expected") as caught:
+        parse_log(write_log(tmp_path / "a.txt", [STEPS[0], line]))
+    assert str(caught.value).startswith(f"{tmp_path / 'a.txt'} line 17: found ")
+    assert found in str(caught.value)
+
+
+def test_a_number_of_5000_digits_elsewhere_harms_nothing(tmp_path: Path) -> None:
+    """json.loads refuses such a number with another error than other bad JSON."""
+    odd = "odd: " + "9" * 5000
+    assert len(parse_log(write_log(tmp_path / "a.txt", [*STEPS, odd, END])).points) == 3

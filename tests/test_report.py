@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from records.__main__ import main as records_main
 from records.log import RULE, parse_log
 from records.report import main
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = ("prose", "bench_optimizers", "bench_trainer")
 BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NAMES]
+RECORDS_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("leaderboard", "prose_groups")]
 DOCS_BLOCKS = [block.replace("prose", name) for name in ("polar", "parity") for block in BLOCKS[:1]]
 SCRIPT = 'print(f"step:{step}/{steps} val_loss:{loss}")\n'
 
@@ -47,6 +49,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/optimizers.md").write_text("".join(DOCS_BLOCKS), encoding="utf-8")
+    (tmp_path / "records/README.md").write_text("".join(RECORDS_BLOCKS), encoding="utf-8")
     return tmp_path
 
 
@@ -80,10 +83,38 @@ def test_one_row_per_log_in_a_fixed_order(root: Path) -> None:
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table(root, "prose")]
     assert [(row[0], row[2]) for row in rows[2:]] == [("Aurora", "1"), ("Muon", "1"), ("Muon", "2")]
     assert rows[2][1:] == ["1 x H200", "1", "3.85544", "3.69296", "3.59610", "3.37415 (1200)",
-                           "1125 (1108.2) to 3.42", "480.000", "400.00", "327,680",
+                           "975 (968.0) to 3.42", "480.000", "400.00", "327,680",
                            "[log](records/prose/b.txt)"]
     assert rows[3][5:8] == ["-", "3.71296 (375), crashed", "3.42 not reached"]
     assert len({len(row) for row in rows}) == 1
+
+
+def test_the_table_says_what_show_says(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It took the target line's crossing and the rounded ms of a step: 1082.0 against 1082.1."""
+    write_log(root, "a.txt", "muon", 2)
+    main([], root)
+    records_main(["show", str(root / "records/prose/a.txt"), "--markdown"])
+    row = [cell.strip() for cell in table(root, "prose")[2].split("|")]
+    shown = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
+    assert row[8].removesuffix(" to 3.42") in shown
+    assert {row[10], row[11]} <= {*shown}
+
+
+def test_prose_runs_that_differ_in_their_seeds_only_are_one_row(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, optimizer, seed in (("a", "muon", 1), ("b", "aurora", 1), ("c", "aurora", 2)):
+        write_log(root, f"{name}.txt", optimizer, seed)
+    write_log(root, "d.txt", "aurora", 3, end=False)
+    main([], root)
+    assert table(root, "leaderboard", "records/README.md")[0].startswith("no record yet: run")
+    lines = table(root, "prose_groups", "records/README.md")
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:5] for row in rows[2:]] == [
+        ["Aurora", "2", "1, 2", "3.36915", "0.00707"], ["Muon", "1", "1", "3.39415", "-"]]
+    write_log(root, "e.txt", "aurora", 2)
+    message = failure([], root, capsys)
+    assert message.startswith("records/prose: Aurora has seeds [1, 2, 2], expected each once")
 
 
 def test_the_picture_is_small_and_the_same_every_time(root: Path) -> None:

@@ -68,14 +68,14 @@ def test_show_lists_every_run_with_what_it_used(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = output(capsys, "show", "a", "b", "--markdown")
-    assert "settings read back of 1, 2, 3: fc lr 0.03 wd 0.05\n" in text
+    assert "settings read back of b/1.txt, b/2.txt, b/3.txt: fc lr 0.03 wd 0.05\n" in text
     (rows,) = tables(output(capsys, "show", "a", "--markdown"))
     assert [row["seed"] for row in rows] == ["1", "2", "3"]
     assert rows[0] == {
         "run": "1", "status": "complete", "step": "300/300", "final loss": "3.27710",
         "best loss (step)": "3.27000 (200)", "step at 3.28 (interpolated)": "200 (150.0)",
         "seconds to 3.28": "60.000", "ms per step": "400.00", "tokens/s": "1,310,720",
-        "hardware": "1 x H200", "seed": "1"}
+        "hardware": "1 x H200", "optimizer": "muon", "seed": "1"}
 
 
 def test_a_terminal_shows_the_same_cells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +205,7 @@ def test_bad_input_is_one_sentence(
 
 
 def test_a_nan_is_not_averaged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """show lists such a run with its status, compare refuses it."""
     write_log(folder / "a/4.txt", 4, float("nan"))
     message = failure(capsys, "compare", "a")
     assert message.startswith("a: found loss nan at step 300 of 4, expected a number")
@@ -220,6 +221,87 @@ def test_a_public_log_needs_its_target_named(
     text = output(capsys, "compare", "medium.txt", "--target", "2.92", "--markdown")
     assert tables(text)[0][0]["(2.92 - mean) sqrt(n)"] == "0.00100"
     assert "sigma measured at 3.28" in text
+
+
+def test_another_scored_metric_is_shown_and_warned_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An entry scored on val_ema_loss was compared with val_loss in silence."""
+    text = output(capsys, "compare", "track_3#45", "track_3#46")
+    assert "scored metric val_loss (track_3#45), val_ema_loss (track_3#46)" in text
+    (rows,) = tables(output(capsys, "show", "track_3#46", "--markdown"))
+    assert {row["metric"] for row in rows} == {"val_ema_loss"}
+    assert "metric" not in output(capsys, "show", "a")
+
+
+def test_what_is_not_stated_is_not_counted_as_the_same(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of published runs "the runs differ in one thing" was said: nobody had their settings."""
+    text = output(capsys, "compare", "track_3#35", "track_3#36")
+    assert "settings of track_3#35, track_3#36 are not known; seen to differ: " in text
+    assert "; method " in text and "; code (md5) " in text and "differ in" not in text
+    text = output(capsys, "compare", "a", "track_3#36")
+    assert "settings and code of track_3#36 are not known" in text and "differ in" not in text
+
+
+def test_a_run_below_the_target_from_the_start_reaches_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Crossings that nobody saw were dropped before they were counted: "0 of 13"."""
+    crossings = tables(output(capsys, "compare", "a", "--target", "11", "--markdown"))[1]
+    assert crossings[0]["runs that reach 11"] == "3 of 3" and "steps to it" not in crossings[0]
+
+
+@pytest.mark.parametrize(("argv", "found"), [
+    (["compare", "a", "--target", "nan"], "found --target nan, expected a loss"),
+    (["show", "a", "--target", "inf"], "found --target inf, expected a loss"),
+    (["show", ""], "found an empty name, expected a log"),
+    (["show", "track_3", "a"], "found track_3, expected one of its entries here; write track_3#"),
+    (["compare", "track_3"], "found track_3, expected one of its entries here; write track_3#"),
+])
+def test_arguments_that_mean_nothing_are_refused(
+    folder: Path, argv: list[str], found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A target of nan was compared with, and an empty name was the whole working folder."""
+    assert failure(capsys, *argv).startswith(found)
+
+
+def test_all_settings_are_read_back_under_names_of_their_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only lr, wd and momentum were printed, and runs of two folders had the same name."""
+    path = folder / "a/1.txt"
+    path.write_text(path.read_text().replace(
+        '"weight_decay": 0.05', '"weight_decay": 0.05, "betas": [0.8, 0.95], "polar": "gram", '
+        '"rounds": 2, "exponent": 0.5, "foreach": null, "fused": true'))
+    text = output(capsys, "show", "a")
+    assert "of 1: fc lr 0.025 wd 0.05 betas [0.8,0.95] polar gram rounds 2 exponent 0.5\n" in text
+    (folder / "both").mkdir()
+    for name in "ab":
+        (folder / name).rename(folder / "both" / name)
+    assert "read back of b/1.txt, b/2.txt, b/3.txt: " in output(capsys, "show", "both")
+
+
+def test_seconds_of_other_hardware_are_no_gain(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gain in seconds stood beside the warning that they do not compare."""
+    for seed, loss in LOSSES.items():
+        write_log(folder / f"b/{seed}.txt", seed, loss - 0.01, gpu="NVIDIA H100")
+    pair = tables(output(capsys, "compare", "a", "b", "--markdown"))[2][0]
+    assert "steps gained" in pair and "seconds gained" not in pair
+
+
+def test_a_narrow_terminal_breaks_no_number(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 80 columns "3.27710" stood as "3.2771" above "0"."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    text = output(capsys, "show", "a", "b")
+    assert all(cell in text for cell in ("3.27710", "(150.0)", "1,310,720", "300/300", "60.000"))
+    assert "3.27000" in text and max(map(len, text.splitlines())) < 400
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -264,12 +264,12 @@ def test_balancing_costs_aurora_twice_what_muon_costs() -> None:
     assert aurora.cost(shape, given | dict(neuron_axis=0, balance="proj")) == base
 
 
-def test_climbing_costs_eleven_times_what_muon_costs() -> None:
-    """aurora.md 4.3: 7 polar factors of 216 n^3 and 60 products of 16 n^3 at 3072 x 768."""
+def test_climbing_costs_twelve_times_what_muon_costs() -> None:
+    """7 polar factors of 216 n^3, 60 products of 16 n^3 and 3 times 32 n^3 at 3072 x 768."""
     params, shape = [torch.nn.Parameter(torch.zeros(8, 2))], torch.Size((3072, 768))
     muon, climber = Muon(params), OPTIMIZERS["riemannian"](params)
     times = climber.cost(shape, climber.param_groups[0]) / muon.cost(shape, muon.param_groups[0])
-    assert times == pytest.approx((7 * 216 + 60 * 16) / 216)
+    assert times == pytest.approx((7 * 216 + 60 * 16 + 3 * 32) / 216)
 
 
 # ---- asynchronous collectives ----------------------------------------------------------------
@@ -424,6 +424,15 @@ def test_a_missing_gradient_is_named() -> None:
     with pytest.raises(ValueError, match=r"parameter 1 of group 'attn', \(4, 4\).*backward"):
         opt.step()
     assert not any(p.any() for p in params), "nothing moves when one gradient is missing"
+
+
+def test_a_missing_gradient_of_a_nameless_group_is_named_by_its_number() -> None:
+    """Groups were looked up by comparing their tensors, which is an error of its own."""
+    params = [torch.nn.Parameter(tensor(4, 3, seed=i)) for i in range(2)]
+    opt = Muon([dict(params=[p]) for p in params])
+    params[0].grad = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1, \(4, 3\), has no gradient"):
+        opt.step()
 
 
 @pytest.mark.parametrize("where", ["argument", "group"])

@@ -6,6 +6,7 @@ so that sums are the same for any number of ranks and what differs is only who o
 
 import copy
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +365,88 @@ def test_under_ddp_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: P
         assert same(first[name], second[name])
         for W, a, b in zip(start, alone[name], first[name], strict=True):
             assert (a - W).norm() > 0.05 and (a - b).norm() < 1e-4 * (a - W).norm(), name
+
+
+# ---- types, copies, and what autograd knows ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_state_of_parameters_of_any_type_goes_on_after_loading(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Of float64 parameters the state came back as float32, and the next step was an error."""
+
+    def steps(opt: torch.optim.Optimizer, p: torch.nn.Parameter, seeds: range) -> None:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            p.grad = torch.randn(12, 4, generator=generator, dtype=torch.float64).to(dtype)
+            opt.step()
+
+    whole = torch.nn.Parameter(torch.ones(12, 4, dtype=dtype))
+    opt = OPTIMIZERS[name]([whole])
+    steps(opt, whole, range(2))
+    part = torch.nn.Parameter(whole.detach().clone())
+    loaded = OPTIMIZERS[name]([part])
+    loaded.load_state_dict(opt.state_dict())
+    for one, p in ((opt, whole), (loaded, part)):
+        steps(one, p, range(2, 4))
+    assert torch.equal(whole, part)
+
+
+def test_bfloat16_weights_decay_too() -> None:
+    """W (1 - lr wd) in bfloat16 is W again for every lr wd below 2^-9: eager, they grew."""
+    norms = []
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(64, 64, generator=generator).mul(0.1).to(dtype))
+        opt = OPTIMIZERS["muon"]([p], lr=0.002, weight_decay=0.5)
+        for _ in range(1000):
+            p.grad = torch.randn(64, 64, generator=generator).to(dtype)
+            opt.step()
+        norms.append(p.detach().float().norm().item() / 6.4)
+    assert norms[0] < 0.5 and norms[1] < 0.7, norms  # rounded away: 1.04
+
+
+def test_autograd_sees_that_a_step_changed_the_weights() -> None:
+    p = torch.nn.Parameter(torch.eye(4))
+    opt = OPTIMIZERS["muon"]([p])
+    p.grad = torch.ones(4, 4)
+    opt.step()
+    loss = (p @ p).sum()
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_optimizer_is_not_copied() -> None:
+    opt = OPTIMIZERS["muon"]([torch.nn.Parameter(torch.eye(4))])
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="build a new one and load"):
+            copied(opt)
+
+
+def built_too_early(rank: int, size: int) -> str:
+    p = torch.nn.Parameter(torch.eye(4))
+    opt = OPTIMIZERS["muon"]([p])
+    dist.init_process_group("gloo")
+    p.grad = torch.ones(4, 4)
+    try:
+        opt.step()
+    except ValueError as error:
+        return str(error)
+    return "stepped"
+
+
+def test_an_optimizer_that_is_older_than_its_group_says_so(tmp_path: Path) -> None:
+    """Each rank took itself for the only one, and their weights drifted apart."""
+    found = on_ranks(2, built_too_early, tmp_path)
+    assert found == ["2 ranks, 1 when this was built: build it again"] * 2
+
+
+@pytest.mark.parametrize("how", [dict(clamp=0.5), dict(dtype="bfloat16"), dict(dtype=torch.int32)])
+def test_more_values_that_are_refused(how: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(how))} is .* expected"):
+        OPTIMIZERS["aurora"]([torch.nn.Parameter(torch.eye(4))], **how)
+    with pytest.raises(ValueError, match="takes matrices"):
+        OPTIMIZERS["aurora"]([torch.nn.Parameter(torch.zeros(0, 4))])

@@ -100,6 +100,9 @@ BAD_FLAGS = {
     "a hyperparameter of the other optimizer": (["--set", "fc.rounds=3"], "--set fc.rounds=3"),
     "a hyperparameter that is no number": (["--set", "fc.lr=fast"], "--set fc.lr=fast.*0.025"),
     "a hyperparameter of the wrong type": (["--set", "fc.lr=[1]"], r"--set fc.lr=\[1\]"),
+    "a negative rate": (["--set", "embed.lr=-1"], "Invalid learning rate: -1.0"),
+    "a negative rate of a matrix": (["--set", "fc.lr=-1"], "lr is -1.0, expected 0 or more"),
+    "a beta above 1": (["--set", "head.betas=(2.0,3.0)"], "Invalid beta parameter"),
     "a balance that does not exist": (
         ["--optimizer", "aurora", "--set", "aurora.balance=all"], "balance.*all.*both",
     ),

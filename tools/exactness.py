@@ -66,8 +66,6 @@ def parity(kind: str, dtype: torch.dtype, shape: tuple[int, int], axis: int | No
     opt_how = dict(how)
     if "dtype" in OPTIMIZERS[kind].defaults:
         opt_how |= dict(dtype=dtype, polar="exact" if dtype == torch.float64 else "quintic12")
-    if kind == "riemannian" and dtype == torch.float64:
-        opt_how |= dict(cg_steps=40)
     weight, grads, lrs = references.problem(shape)
     expected = references.run(kind, weight, grads, lrs, axis, **how)
     start = torch.from_numpy(weight)

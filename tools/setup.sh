@@ -15,6 +15,7 @@ import sys, tomllib
 lines = [line.partition("#")[0].strip() for line in open("requirements.txt")]
 extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
 lines += [line for name in sys.argv[1:] for line in extras[name]]
+lines = [line.partition(";")[0] for line in lines if "linux" not in line or sys.platform == "linux"]
 print(*dict.fromkeys(filter(None, lines)), sep="\n")
 END
 }
