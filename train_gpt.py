@@ -37,7 +37,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optimizers import OPTIMIZERS, Diagnostics, activity, capped_loss
+from kernels import capped_loss
+from optimizers import OPTIMIZERS, Diagnostics, activity
 
 ####################################################################################################
 #                                              Config                                              #

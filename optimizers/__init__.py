@@ -3,7 +3,6 @@
 from .adamw import AdamW
 from .aurora import Aurora
 from .diagnostics import Diagnostics, activity
-from .head import capped_loss
 from .muon import Muon
 from .normuon import NorMuon
 from .riemannian import RiemannianAurora
@@ -18,5 +17,5 @@ OPTIMIZERS = {
     "aurora": Aurora,
     "riemannian": RiemannianAurora,
 }
-__all__ = ["OPTIMIZERS", "Diagnostics", "MatrixOptimizer", "activity", "capped_loss"]
+__all__ = ["OPTIMIZERS", "Diagnostics", "MatrixOptimizer", "activity"]
 __all__ += [kind.__name__ for kind in OPTIMIZERS.values()]
