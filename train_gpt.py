@@ -257,9 +257,12 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        layers, heads = (self.q, self.k, self.v), (-1, self.head_dim)
-        q_BTHD, k_BTHD, v_BTHD = (layer(x_BTC).unflatten(-1, heads) for layer in layers)
-        q_BTHD, k_BTHD = rotate(q_BTHD, cos, sin), rotate(k_BTHD, cos, sin)
+        layers = (self.q, self.k, self.v)  # one product for all, one for the gradient of x
+        W = torch.cat([layer.weight.type_as(x_BTC) for layer in layers])
+        b = torch.cat([layer.bias.type_as(x_BTC) for layer in layers])
+        qkv_BTHD = F.linear(x_BTC, W, b).unflatten(-1, (-1, self.head_dim))
+        qk_BTHD, v_BTHD = qkv_BTHD.tensor_split([qkv_BTHD.size(2) // 3 * 2], dim=2)
+        q_BTHD, k_BTHD = rotate(qk_BTHD, cos, sin).chunk(2, dim=2)
         qkv_BHTD = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
         y_BHTD = F.scaled_dot_product_attention(*qkv_BHTD, is_causal=True, scale=0.12)
         return self.proj(y_BHTD.transpose(1, 2).flatten(2))
@@ -306,13 +309,10 @@ class GPT(nn.Module):
         z = self.head(self.norm2(x)).float()
         return 15 * z * torch.rsqrt(z.square() + 15**2)
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        x, head = self.norm2(x).flatten(0, 1), self.head  # as cross_entropy of logits(x), fused
-        return capped_loss(x, head.weight, head.bias, targets.flatten())
-
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over all tokens, so that microbatches and ranks add."""
-        return self.loss(self.trunk(inputs_BT), targets_BT)
+        x, head = self.norm2(self.trunk(inputs_BT)).flatten(0, 1), self.head
+        return capped_loss(x, head.weight, head.bias, targets_BT.flatten())
 
 
 def build_model(config: Config, device: torch.device) -> GPT:

@@ -2,7 +2,7 @@
 
 Capped loss: the output head, its cross-entropy and all gradients of both in the forward pass.
 
-    z = x W^T + b,    f = 15 z / sqrt(z^2 + 225),    loss = sum of logsumexp(f) - f[target] over rows
+    z = x W^T + b,    f = 15 z / sqrt(z^2 + 225),    loss = sum of logsumexp(f) - f[target]
     dz = (softmax(f) - onehot(target)) s^3,    s = 15 / sqrt(z^2 + 225)
 
 PyTorch would keep z, f and softmax(f) of all tokens, in float32 200 kB each for a token of GPT-2.
