@@ -28,25 +28,25 @@ if triton is not None:
 
     @triton.jit
     def capped_loss_kernel(
-        Z, targets, losses, cap, n: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr
+        Z, targets, losses, cap, bend, n: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
-        """Program i: row i of Z (rows, n), dense; its loss, and dz in its place if WRITE."""
+        """Program i: row i of Z (rows, n), dense: its loss, dz in its place. bend: cap^-2."""
         row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         target, at = tl.load(targets + row), Z + row * n
         sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, n, BLOCK):
             inside = start + columns < n
             z = tl.load(at + start + columns, mask=inside, other=0.0).to(tl.float32)
-            f = z * tl.rsqrt(z * z / (cap * cap) + 1.0)
+            f = z * tl.rsqrt(z * z * bend + 1.0)
             sums += tl.where(inside, tl.exp(f - cap), 0.0)
         log_sum = cap + tl.log(tl.sum(sums, axis=0))
-        z = tl.load(at + target).to(tl.float32)
-        tl.store(losses + row, log_sum - z * tl.rsqrt(z * z / (cap * cap) + 1.0))
+        hit = tl.load(at + target).to(tl.float32)
+        tl.store(losses + row, log_sum - hit * tl.rsqrt(hit * hit * bend + 1.0))
         if WRITE:
             for start in range(0, n, BLOCK):
                 inside = start + columns < n
                 z = tl.load(at + start + columns, mask=inside, other=0.0).to(tl.float32)
-                s = tl.rsqrt(z * z / (cap * cap) + 1.0)
+                s = tl.rsqrt(z * z * bend + 1.0)
                 p = tl.exp(z * s - log_sum) - tl.where(start + columns == target, 1.0, 0.0)
                 dz = p * s * s * s
                 tl.store(at + start + columns, dz.to(Z.dtype.element_ty), mask=inside)
@@ -61,7 +61,7 @@ def runs_triton(x: Tensor) -> bool:
 def capped_loss_by_triton(z: Tensor, targets: Tensor, write: bool) -> Tensor:
     losses = torch.empty(len(z), dtype=torch.float32, device=z.device)
     capped_loss_kernel[(len(z),)](
-        z, targets, losses, CAP, n=z.size(1), WRITE=write, BLOCK=4096, num_warps=16
+        z, targets, losses, CAP, CAP**-2, n=z.size(1), WRITE=write, BLOCK=4096, num_warps=16
     )  # fmt: skip
     return losses
 
