@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import capped_loss
+from kernels import capped_loss, joint_linear, squared_relu_mlp
 from optimizers import OPTIMIZERS, Diagnostics, activity
 
 ####################################################################################################
@@ -257,10 +257,8 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        layers = (self.q, self.k, self.v)  # one product for all, one for the gradient of x
-        W = torch.cat([layer.weight.type_as(x_BTC) for layer in layers])
-        b = torch.cat([layer.bias.type_as(x_BTC) for layer in layers])
-        qkv_BTHD = F.linear(x_BTC, W, b).unflatten(-1, (-1, self.head_dim))
+        qkv_BTC = joint_linear(x_BTC, (self.q, self.k, self.v))
+        qkv_BTHD = qkv_BTC.unflatten(-1, (-1, self.head_dim))
         qk_BTHD, v_BTHD = qkv_BTHD.tensor_split([qkv_BTHD.size(2) // 3 * 2], dim=2)
         q_BTHD, k_BTHD = rotate(qk_BTHD, cos, sin).chunk(2, dim=2)
         qkv_BHTD = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
@@ -274,7 +272,9 @@ class MLP(nn.Module):
         self.fc, self.proj = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.fc(x).relu().square())
+        if torch.is_grad_enabled():
+            return squared_relu_mlp(x, self.fc, self.proj)  # the same, fused
+        return self.proj(self.fc(x).relu().square())  # as --diagnostics watches fc
 
 
 class Block(nn.Module):

@@ -9,20 +9,29 @@ PyTorch would keep z, f and softmax(f) of all tokens, in float32 200 kB each for
 Here z of some thousand tokens at a time is written once in half precision; a Triton kernel reads a
 row of it, adds up exp(f - 15) (f is below 15, so nothing can overflow) and writes dz in its place.
 
+Squared-ReLU MLP: y = relu(x W^T + b)^2 V^T + c, with one pass each way beyond the matrix products.
+
+    post = relu(x W^T + b)^2          written by the product itself
+    dpre = (dy V) 2 sqrt(post)        as well, and db, its sums over tokens: relu(pre) = sqrt(post),
+                                      so that of the two only post is kept
+
 Kernels need a half-precision dtype on an NVIDIA GPU. Not here: the optimizers' (optimizers/).
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a CPU build of torch comes without it
     triton = None
 
 CAP = 15.0
 CHUNK = 8192  # tokens whose logits are in memory at once: 0.8 GB in bf16 for 50304 of them
+TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 128, 128, 64  # of the MLP's products
 
 if triton is not None:
 
@@ -50,6 +59,31 @@ if triton is not None:
                 p = tl.exp(z * s - log_sum) - tl.where(start + columns == target, 1.0, 0.0)
                 dz = p * s * s * s
                 tl.store(at + start + columns, dz.to(Z.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def relu_square_kernel(
+        A, B, C, post, bias, sums, n: tl.constexpr, k: tl.constexpr, BACKWARD: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        """A tile of C (m, n) = relu(A B^T + bias)^2; BACKWARD: of (A B) 2 sqrt(post), its sums."""
+        across = tl.cdiv(n, COLUMNS)
+        i, j = tl.program_id(0) // across, tl.program_id(0) % across
+        row, column = i * ROWS, j * COLUMNS
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for depth in range(0, k, DEPTH):
+            left = A.load([row, depth])
+            if BACKWARD:
+                product = tl.dot(left, B.load([depth, column]), product)
+            else:
+                product = tl.dot(left, B.load([column, depth]).T, product)
+        columns = column + tl.arange(0, COLUMNS)
+        if BACKWARD:
+            product *= 2 * tl.sqrt(post.load([row, column]).to(tl.float32))
+            tl.store(sums + i * n + columns, tl.sum(product, axis=0), mask=columns < n)
+        else:
+            product += tl.load(bias + columns, mask=columns < n, other=0.0)
+            product = tl.where(product < 0, 0.0, product * product)  # as relu, keeps what is NaN
+        C.store([row, column], product.to(C.dtype))
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -114,3 +148,90 @@ class CappedLoss(torch.autograd.Function):
 def capped_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """() summed loss in nats of x (tokens, width) and targets (tokens); weight, bias: float32."""
     return CappedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled())
+
+
+@torch.compiler.assume_constant_result
+def loads_tiles() -> bool:
+    """Whether the GPU has the unit for it (TMA): without, the kernel would wait for each load."""
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
+def relu_square_tiles(
+    A: Tensor, B: Tensor, C: Tensor, post: Tensor, bias: Tensor | None, sums: Tensor,
+    backward: bool,
+) -> None:  # fmt: skip
+    """Runs the kernel, which fills C and, in the backward pass, sums (tiles down C, n)."""
+    rows, columns, depth = TILE_ROWS, TILE_COLUMNS, TILE_DEPTH
+    of_B, of_C = [depth, columns] if backward else [columns, depth], [rows, columns]
+    tiles = [
+        TensorDescriptor.from_tensor(whole.contiguous(), block)
+        for whole, block in ((A, [rows, depth]), (B, of_B), (C, of_C), (post, of_C))
+    ]
+    relu_square_kernel[(triton.cdiv(len(C), rows) * triton.cdiv(C.size(1), columns),)](
+        *tiles, bias, sums, n=C.size(1), k=A.size(1), BACKWARD=backward, ROWS=rows,
+        COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+def relu_square_by_torch(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(b.type_as(x), x, W.mT).relu().square()
+
+
+def relu_square_gradient_by_torch(dy: Tensor, V: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    dpre = (dy @ V) * (2 * post.sqrt())
+    return dpre, dpre.sum(dim=0, dtype=torch.float32)
+
+
+@torch.library.custom_op("speedrun::relu_square", mutates_args=())
+def relu_square_by_triton(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    post = x.new_empty(len(x), len(W))
+    relu_square_tiles(x, W, post, post, b, b, backward=False)
+    return post
+
+
+@torch.library.custom_op("speedrun::relu_square_gradient", mutates_args=())
+def relu_square_gradient_by_triton(
+    dy: Tensor, V: Tensor, post: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dpre = torch.empty_like(post)
+    sums = post.new_empty(-(-len(dy) // TILE_ROWS), post.size(1), dtype=torch.float32)
+    relu_square_tiles(dy, V, dpre, post, None, sums, backward=True)
+    return dpre, sums.sum(dim=0)
+
+
+# What torch.compile takes the two for.
+relu_square_by_triton.register_fake(lambda x, W, b: x.new_empty(len(x), len(W)))
+relu_square_gradient_by_triton.register_fake(
+    lambda dy, V, post: (torch.empty_like(post), post.new_empty(post.size(1), dtype=torch.float32))
+)
+
+
+class SquaredReluMLP(torch.autograd.Function):
+    """x (tokens, width), W and V as x, biases in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> Tensor:
+        ctx.tiles = runs_triton(x) and loads_tiles()
+        post = (relu_square_by_triton if ctx.tiles else relu_square_by_torch)(x, W, b)
+        ctx.save_for_backward(x, W, V, post)
+        return torch.addmm(c.type_as(x), post, V.mT)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
+        x, W, V, post = ctx.saved_tensors
+        by = relu_square_gradient_by_triton if ctx.tiles else relu_square_gradient_by_torch
+        dpre, db = by(dy, V, post)
+        return dpre @ W, dpre.mT @ x, db, dy.mT @ post, dy.sum(dim=0, dtype=torch.float32)
+
+
+def joint_linear(x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
+    """What each layer makes of x, side by side: one product, and one for the gradient of x."""
+    W = torch.cat([layer.weight.type_as(x) for layer in layers])
+    return F.linear(x, W, torch.cat([layer.bias.type_as(x) for layer in layers]))
+
+
+def squared_relu_mlp(x: Tensor, fc: nn.Linear, proj: nn.Linear) -> Tensor:
+    """proj(fc(x).relu().square()) of x (..., width); biases are float32."""
+    W, V = fc.weight.type_as(x), proj.weight.type_as(x)
+    y = SquaredReluMLP.apply(x.flatten(0, -2), W, fc.bias, V, proj.bias)
+    return y.unflatten(0, x.shape[:-1])

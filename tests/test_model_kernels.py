@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import in_fresh_python
+from test_model import randomise
 from torch import Tensor
 
 import kernels
-from kernels import capped_loss, capped_loss_by_torch, runs_triton
+import train_gpt
+from kernels import capped_loss, capped_loss_by_torch, runs_triton, squared_relu_mlp
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPPED = """
@@ -30,6 +32,68 @@ for rows, n in ((3, 5000), (5, 4096), (2, 257), (1, 3)):
     error = (found.float() - wide).abs().max() / wide.abs().max()
     assert error < torch.finfo(torch.float16).eps, (rows, n, error)
 print("compared")
+"""
+
+MLP = """
+import torch
+from torch import nn
+import kernels
+from kernels import *
+def error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+half = torch.float16
+for m, k, n in ((128, 64, 256), (200, 40, 136), (3, 8, 24)):
+    torch.manual_seed(m)
+    x, W, V, dy = (torch.randn(*s).to(half) for s in ((m, k), (n, k), (k, n), (m, k)))
+    W, b = W / k**0.5, torch.randn(n)
+    post = relu_square_by_triton(x, W, b)
+    exact = relu_square_by_torch(x.double(), W.double(), b.double())
+    assert post.dtype == half and error(post, exact) < 1e-3 and 0.2 < (post > 0).float().mean()
+    dpre, db = relu_square_gradient_by_triton(dy, V, post)
+    wide, db_wide = relu_square_gradient_by_torch(dy.double(), V.double(), post.double())
+    assert dpre.dtype == half and error(dpre, wide) < 1e-3
+    assert db.dtype == torch.float32 and error(db, db_wide) < 1e-5, error(db, db_wide)
+    torch.library.opcheck(relu_square_by_triton, (x, W, b))
+    torch.library.opcheck(relu_square_gradient_by_triton, (dy, V, post))
+x[0, 0] = float("nan")
+assert relu_square_by_triton(x, W, b)[0].isnan().all()
+
+x = x[1:].clone().requires_grad_()
+fc, proj = nn.Linear(k, n), nn.Linear(n, k)
+def gradients(mlp):
+    for p in (x, *fc.parameters(), *proj.parameters()):
+        p.grad = None
+    mlp(x, fc, proj).backward(dy[1:])
+    return [p.grad.clone() for p in (x, *fc.parameters(), *proj.parameters())]
+expected = gradients(squared_relu_mlp)
+kernels.runs_triton, kernels.loads_tiles = lambda x: True, lambda: True
+compiled = torch.compile(squared_relu_mlp, backend="aot_eager", fullgraph=True)
+for found in (gradients(squared_relu_mlp), gradients(compiled)):
+    for a, b in zip(found, expected):
+        assert a.dtype == b.dtype and error(a, b.double()) < 2e-3
+print("compared")
+"""
+HOPPER = """
+import kernels, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+def build(kernel, types, constants, warps):
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    options = dict(num_warps=warps, num_stages=3)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+for write in (False, True):
+    types = dict(Z="*bf16", targets="*i64", losses="*fp32", cap="fp32", bend="fp32")
+    constants = dict(n=50304, WRITE=write, BLOCK=4096)
+    assert "ex2.approx" in build(kernels.capped_loss_kernel, types, constants, 16)
+for backward in (False, True):
+    tiles = dict(A=(128, 64), B=(64, 128) if backward else (128, 64), C=(128, 128), post=(128, 128))
+    types = {name: f"tensordesc<bf16[{a}, {b}]>" for name, (a, b) in tiles.items()}
+    types |= dict(sums="*fp32") | ({} if backward else dict(bias="*fp32"))
+    constants = dict(n=3072, k=768, BACKWARD=backward, ROWS=128, COLUMNS=128, DEPTH=64)
+    constants |= dict(bias=None) if backward else {}
+    ptx = build(kernels.relu_square_kernel, types, constants, 4)
+    assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx
+print("compiled")
 """
 
 
@@ -57,11 +121,18 @@ def as_model(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype).requires_grad_(), *(w.float().requires_grad_() for w in weights)]
 
 
-@pytest.mark.parametrize("name", ["CAPPED"])
+@pytest.mark.parametrize("name", ["CAPPED", "MLP"])
 def test_a_kernel_gives_what_its_pytorch_gives(name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be tried")
     code, out, err = in_fresh_python("-c", globals()[name], cwd=ROOT, TRITON_INTERPRET="1")
     assert (code, out) == (0, "compared\n"), err
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    """The interpreter takes what the compiler refuses: the loss once had a name of two types."""
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be tried")
+    code, out, err = in_fresh_python("-c", HOPPER, cwd=ROOT)
+    assert (code, out) == (0, "compiled\n"), err
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 100])
@@ -113,6 +184,38 @@ def test_without_gradients_the_head_makes_none(monkeypatch: pytest.MonkeyPatch) 
     assert written == [False, True]
     assert torch.equal(without, learning) and not without.requires_grad
     assert learning.requires_grad
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 0.01)])
+def test_the_mlp_and_its_gradients_are_the_plain_ones(dtype: str, tolerance: float) -> None:
+    fc, proj = torch.nn.Linear(24, 96), torch.nn.Linear(96, 24)
+    parts = [random(2, 16, 24).requires_grad_(), *fc.parameters(), *proj.parameters()]
+    for i, p in enumerate(parts[1:]):
+        p.data = random(*p.shape, seed=i + 1, scale=0.2)
+    wide = [p.detach().to(getattr(torch, dtype)).double().requires_grad_() for p in parts]
+    x, W, b, V, c = wide
+    expected = F.linear(F.linear(x, W, b).relu().square(), V, c)
+    found = squared_relu_mlp(parts[0].to(getattr(torch, dtype)), fc, proj)
+    assert (found - expected).norm() < tolerance * expected.norm()
+    dy = random(2, 16, 24, seed=9)
+    expected.backward(dy.double())
+    found.backward(dy.type_as(found))
+    for a, exact in zip(parts, wide, strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - exact.grad).norm() < tolerance * exact.grad.norm()
+
+
+def test_a_pass_without_gradients_still_calls_the_mlps_layers() -> None:
+    """--diagnostics watches what comes out of fc, in trunk(..., eager=True) under no_grad."""
+    mlp, x = train_gpt.MLP(8), random(3, 8)
+    randomise(mlp)
+    seen = []
+    mlp.fc.register_forward_hook(lambda *_: seen.append(1))
+    fused = mlp(x)
+    assert not seen
+    with torch.no_grad():
+        assert torch.allclose(mlp(x), fused, rtol=1e-5)
+    assert seen
 
 
 def test_on_the_cpu_and_in_full_precision_pytorch_computes_it() -> None:
