@@ -267,9 +267,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, expansion: int = 4) -> None:
         super().__init__()
-        self.fc, self.proj = Linear(width, 4 * width), Linear(4 * width, width)
+        self.fc, self.proj = Linear(width, expansion * width), Linear(expansion * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
