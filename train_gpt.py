@@ -257,10 +257,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        qkv_BTC = joint_linear(x_BTC, (self.q, self.k, self.v))
-        qkv_BTHD = qkv_BTC.unflatten(-1, (-1, self.head_dim))
-        qk_BTHD, v_BTHD = qkv_BTHD.tensor_split([qkv_BTHD.size(2) // 3 * 2], dim=2)
-        q_BTHD, k_BTHD = rotate(qk_BTHD, cos, sin).chunk(2, dim=2)
+        qkv_BTC, heads = joint_linear(x_BTC, (self.q, self.k, self.v)), (-1, self.head_dim)
+        q_BTHD, k_BTHD, v_BTHD = (t.unflatten(-1, heads) for t in qkv_BTC.chunk(3, dim=-1))
+        q_BTHD, k_BTHD = rotate(q_BTHD, cos, sin), rotate(k_BTHD, cos, sin)
         qkv_BHTD = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
         y_BHTD = F.scaled_dot_product_attention(*qkv_BHTD, is_causal=True, scale=0.12)
         return self.proj(y_BHTD.transpose(1, 2).flatten(2))
