@@ -66,7 +66,8 @@ def gradients(mlp):
     mlp(x, fc, proj).backward(dy[1:])
     return [p.grad.clone() for p in (x, *fc.parameters(), *proj.parameters())]
 expected = gradients(squared_relu_mlp)
-kernels.runs_triton, kernels.loads_tiles = lambda x: True, lambda: True
+kernels.runs_triton = lambda x: torch.version.hip is None
+torch.cuda.get_device_capability = lambda: (9, 0)
 compiled = torch.compile(squared_relu_mlp, backend="aot_eager", fullgraph=True)
 for found in (gradients(squared_relu_mlp), gradients(compiled)):
     for a, b in zip(found, expected):
