@@ -34,23 +34,23 @@ BENCHES = {  # what tells measurements apart, then a column per (title, key, for
 }
 
 
-def prose_runs(root: Path) -> list[Run]:
-    """All logs of records/prose in table order."""
-    runs = [parse_log(path) for path in sorted((root / "records/prose").glob("*.txt"))]
+def prose_runs(root: Path, folder: str = "records/prose") -> list[Run]:
+    """All logs of a folder in table order."""
+    runs = [parse_log(path) for path in sorted((root / folder).glob("*.txt"))]
     keys = ("optimizer", "device", "world_size", "seed")
     return sorted(runs, key=lambda run: [run.meta[key] for key in keys])
 
 
-def prose_table(root: Path) -> str:
-    """One row per log, crashed runs included."""
+def prose_table(root: Path, folder: str = "records/prose", page: str = "") -> str:
+    """One row per log, crashed runs included; its link begins in the folder of the page."""
     header = ["optimizer", "GPUs", "seed", "loss at 250", "at 375", "at 500", "final (step)",
               "steps to target (interpolated)", "train time (s)", "ms per step", "tokens/s", "log"]
-    command = "python train_gpt.py --preset prose --log records/prose/NAME.txt"
-    rows = [_prose_row(run, root) for run in prose_runs(root)]
+    command = f"python train_gpt.py --preset prose --log {folder}/NAME.txt"
+    rows = [_prose_row(run, root / page) for run in prose_runs(root, folder)]
     return markdown(header, rows) if rows else f"not measured yet: run `{command}`\n"
 
 
-def _prose_row(run: Run, root: Path) -> list[str]:
+def _prose_row(run: Run, page: Path) -> list[str]:
     meta, last, goal = run.meta, run.points[-1], run.meta["config"]["target"]
     final = f"{last.val_loss:.5f} ({last.step})"
     header, (row,) = run_table([Group(run.name, [run])], goal or None)  # as show prints them
@@ -63,7 +63,7 @@ def _prose_row(run: Run, root: Path) -> list[str]:
             *(number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
             final if run.status == "complete" else f"{final}, {run.status}", steps,
             f"{last.train_time_s:.3f}", shown["ms per step"], shown["tokens/s"],
-            f"[log]({run.path.relative_to(root).as_posix()})"]
+            f"[log]({run.path.relative_to(page).as_posix()})"]
 
 
 def bench_table(root: Path, bench: str) -> str:
@@ -155,9 +155,12 @@ def prose_groups(root: Path) -> str:
 TABLES = {"prose": prose_table} | {f"bench_{b}": partial(bench_table, bench=b) for b in BENCHES}
 TABLES |= {bench: partial(exactness_table, bench=bench) for bench in ("polar", "parity")}
 TABLES |= {"leaderboard": leaderboard, "prose_groups": prose_groups}
+TABLES |= {name: partial(prose_table, folder=f"records/prose/{name}", page="records/prose")
+           for name in ("family", "resumed")}
 PAGES = {"README.md": ("bench_optimizers", "bench_trainer", "prose"),
          "docs/optimizers.md": ("parity", "polar"),
-         "records/README.md": ("leaderboard", "prose_groups")}
+         "records/README.md": ("leaderboard", "prose_groups"),
+         "records/prose/README.md": ("family", "resumed")}
 
 
 def fill_tables(text: str, root: Path, page: str = "README.md") -> str:

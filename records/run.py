@@ -71,6 +71,15 @@ class Run:
         return self.points[-1]
 
     @property
+    def seconds_per_step(self) -> float | None:
+        """Of what this log holds: a resumed run's clock goes on from, perhaps, other GPUs."""
+        first, last = self.points[0], self.points[-1]
+        if "resumed" not in self.extra:
+            return last.train_time_s / last.step if last.step else None
+        steps = last.step - first.step
+        return (last.train_time_s - first.train_time_s) / steps if steps else None
+
+    @property
     def best(self) -> Point:
         """The smallest loss; a NaN is never the best one."""
         return min(self.points, key=lambda point: (isnan(point.val_loss), point.val_loss))

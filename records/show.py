@@ -65,7 +65,7 @@ def _run_row(each: Run, target: float | None) -> list[str]:
     where = "not reached" if target is not None else "-"
     if crossing is not None:
         where = f"{crossing.step} ({number(crossing.exact_step, '.1f')})"
-    pace = last.train_time_s / last.step if last.step else None
+    pace = each.seconds_per_step
     tokens = each.meta.get("config", {}).get("batch_tokens")
     return [each.name, each.status, f"{last.step}/{last.total_steps or '?'}",
             f"{last.val_loss:.5f}", f"{best.val_loss:.5f} ({best.step})", where,

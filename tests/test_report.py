@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
+from optimizers import OPTIMIZERS
 from records.__main__ import main as records_main
 from records.log import RULE, parse_log
 from records.report import main
@@ -15,6 +17,7 @@ NAMES = ("prose", "bench_optimizers", "bench_trainer")
 BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NAMES]
 RECORDS_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("leaderboard", "prose_groups")]
 DOCS_BLOCKS = [block.replace("prose", name) for name in ("polar", "parity") for block in BLOCKS[:1]]
+FAMILY_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("family", "resumed")]
 SCRIPT = 'print(f"step:{step}/{steps} val_loss:{loss}")\n'
 
 
@@ -50,6 +53,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/optimizers.md").write_text("".join(DOCS_BLOCKS), encoding="utf-8")
     (tmp_path / "records/README.md").write_text("".join(RECORDS_BLOCKS), encoding="utf-8")
+    (tmp_path / "records/prose/README.md").write_text("".join(FAMILY_BLOCKS), encoding="utf-8")
     return tmp_path
 
 
@@ -226,3 +230,49 @@ def test_the_committed_prose_runs_agree_for_one_and_two_gpus_and_with_the_baseli
         assert abs(a.val_loss - b.val_loss) < bound, a.step
     assert abs(one.loss_at(1200) - 3.4083) < 0.005
     assert one.end["ranks_agree"] and two.end["ranks_agree"]
+
+
+def test_the_committed_runs_of_six_optimizers_are_what_their_page_says() -> None:
+    """Same seed, steps and kind of GPU; the diagnostics took less than 2% of the time."""
+    runs = {path.stem: parse_log(path) for path in (ROOT / "records/prose/family").glob("*.txt")}
+    assert set(runs) == {f"{name}_seed1" for name in OPTIMIZERS}
+    for run in runs.values():
+        lines = run.path.read_text().splitlines()
+        seconds = [json.loads(x[6:])["seconds"] for x in lines if x.startswith('diag: {"')]
+        assert run.status == "complete" and run.final.step == 600 and run.seed == 1
+        assert len(seconds) == 7 and sum(seconds) < 0.02 * run.final.train_time_s
+        assert run.meta["device"] == "NVIDIA H200" and run.meta["world_size"] == 1
+        assert 0.0045 < sum(seconds) / run.final.train_time_s < 0.0095
+
+
+def test_the_page_on_the_prose_runs_says_what_the_diagnostics_of_the_logs_say() -> None:
+    def last(name: str) -> dict:
+        lines = (ROOT / f"records/prose/family/{name}_seed1.txt").read_text().splitlines()
+        return json.loads([line[6:] for line in lines if line.startswith('diag: {"')][-1])
+
+    muon, aurora = last("muon"), last("aurora")
+    for diag, share in ((muon, 0.056), (aurora, 0.001)):
+        fc = [value for name, value in diag["matrices"].items() if ".fc." in name]
+        below = fmean(value["leverage"]["below"][0] for value in fc)
+        assert below == pytest.approx(share, abs=5e-4)
+    silent = [{name for name, value in diag["neurons"].items() if value["silent"]}
+              for diag in (muon, aurora)]
+    assert silent == [set(), {"blocks.2.mlp.fc"}]
+    assert aurora["neurons"]["blocks.2.mlp.fc"]["silent"] == pytest.approx(1 / 3072, rel=1e-3)
+
+
+def test_the_committed_resumed_runs_go_on_where_the_cut_one_stopped() -> None:
+    """Killed on two GPUs after step 375, resumed on one and on two; beside an unbroken one."""
+    cut, one, two = (parse_log(ROOT / f"records/prose/resumed/muon_{name}.txt")
+                     for name in ("2x_cut", "1x_resumed", "2x_resumed"))
+    whole = parse_log(ROOT / "records/prose/family/muon_seed1.txt")
+    assert cut.status != "complete" and cut.points[-1].step == 375
+    for point in two.points:
+        if point.step > 375:
+            assert abs(one.loss_at(point.step) - point.val_loss) < 0.0001
+            assert abs(whole.loss_at(point.step) - point.val_loss) < 0.005
+    for point in cut.points:
+        assert abs(whole.loss_at(point.step) - point.val_loss) < 0.015
+    assert one.end["ranks_agree"] and two.end["ranks_agree"]
+    # one GPU's own pace, not the mean with the two before: that would be 0.179 s
+    assert one.seconds_per_step == pytest.approx(whole.seconds_per_step, rel=0.01)

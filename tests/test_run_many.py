@@ -170,9 +170,10 @@ def test_an_interrupt_ends_all_children(
     """Sent to the parent alone, as kill does it; what was trained stays, the rest runs again."""
     program = (f"import sys; sys.path.append({str(ROOT / 'tools')!r}); import run_many, torch; "
                f"from pathlib import Path; run_many.TRAINER = Path({str(stub)!r}); "
+               "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
                "torch.cuda.device_count = lambda: 2; "
                f"sys.exit(run_many.main({BOTH!r}))")  # fmt: skip
-    env = os.environ | {"BEHAVIOUR": "hang"}
+    env = os.environ | {"BEHAVIOUR": "hang"}  # above: jobs of a shell's background ignore SIGINT
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=env,
                               stdout=subprocess.PIPE, text=True)  # fmt: skip
     logs = [Path("logs/x/adamw_seed1.txt"), Path("logs/x/adamw_seed2.txt")]

@@ -180,7 +180,8 @@ def main() -> None:
     line = dict(
         bench="optimizers", shapes=args.shapes, torch=torch.__version__, commit=commit(),
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        command=command + (f" --shapes {args.shapes}" if args.shapes != "124M" else ""), rows=rows,
+        command=command + (f" --shapes {args.shapes}" if args.shapes != "124M" else ""),
+        momentum=sorted(real), rows=rows,
     )  # fmt: skip
     append_line(args.out, line)
 
