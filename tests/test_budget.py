@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
-    "train_gpt.py": 892,
-    "kernels/__init__.py": 250,
+    "train_gpt.py": 898,
+    "kernels/__init__.py": 610,
     "optimizers/__init__.py": 25,
     "optimizers/polar.py": 95,
     "optimizers/slot.py": 370,
