@@ -37,6 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import capped_loss, fused_trunk, runs_blocks
 from optimizers import OPTIMIZERS, Diagnostics, activity
 
 ####################################################################################################
@@ -255,19 +256,22 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.q, self.k, self.v, self.proj = (Linear(width, width) for _ in range(4))
 
+    def attend(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+        qkv_BHTD = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
+        y_BHTD = F.scaled_dot_product_attention(*qkv_BHTD, is_causal=True, scale=0.12)
+        return y_BHTD.transpose(1, 2).flatten(2)
+
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         layers, heads = (self.q, self.k, self.v), (-1, self.head_dim)
         q_BTHD, k_BTHD, v_BTHD = (layer(x_BTC).unflatten(-1, heads) for layer in layers)
         q_BTHD, k_BTHD = rotate(q_BTHD, cos, sin), rotate(k_BTHD, cos, sin)
-        qkv_BHTD = (t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD))
-        y_BHTD = F.scaled_dot_product_attention(*qkv_BHTD, is_causal=True, scale=0.12)
-        return self.proj(y_BHTD.transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q_BTHD, k_BTHD, v_BTHD))
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, expansion: int = 4) -> None:
         super().__init__()
-        self.fc, self.proj = Linear(width, 4 * width), Linear(4 * width, width)
+        self.fc, self.proj = Linear(width, expansion * width), Linear(expansion * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.fc(x).relu().square())
@@ -294,23 +298,25 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = Linear(config.width, config.vocab_size)
 
-    def trunk(self, tokens_BT: Tensor, eager: bool = False) -> Tensor:
+    def trunk(self, tokens_BT: Tensor, plain: bool = False) -> Tensor:
+        """What the head takes; plain: by the modules above, without kernels or compiled code."""
         cos, sin = (table[: tokens_BT.size(1)] for table in self.rotary)
-        x = self.norm1(self.embed(tokens_BT))
+        x = self.embed(tokens_BT)
+        if self.fused and not plain:
+            return fused_trunk(x, self.norm1, self.blocks, self.norm2, cos, sin)  # the same
+        x = self.norm1(x)
         for block in self.blocks:
-            x = block.forward(x, cos, sin) if eager else block(x, cos, sin)
-        return x
+            x = block.forward(x, cos, sin) if plain else block(x, cos, sin)
+        return self.norm2(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        z = self.head(self.norm2(x)).float()
+        z = self.head(x).float()
         return 15 * z * torch.rsqrt(z.square() + 15**2)
-
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="sum")
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over all tokens, so that microbatches and ranks add."""
-        return self.loss(self.trunk(inputs_BT), targets_BT)
+        x = self.trunk(inputs_BT).flatten(0, 1)
+        return capped_loss(x, self.head.weight, self.head.bias, targets_BT.flatten())
 
 
 def build_model(config: Config, device: torch.device) -> GPT:
@@ -319,10 +325,10 @@ def build_model(config: Config, device: torch.device) -> GPT:
         model = GPT(config)
     model.to_empty(device=device)
     model.rotary = rotary_table(config, device)
-    if config.compile and device.type == "cuda":
+    model.fused = config.compile and runs_blocks(model.embed.weight)
+    if config.compile and device.type == "cuda" and not model.fused:
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)
-        model.loss = torch.compile(model.loss, dynamic=False, fullgraph=True)
     return model
 
 
@@ -749,7 +755,7 @@ class Trainer:
         layers = {f"blocks.{i}.mlp.fc": b.mlp.fc for i, b in enumerate(self.model.blocks)}
         tokens = self.val[: min(len(self.val) - 1, 2**16) + 1]
         batches = (inputs for inputs, _ in self.microbatches(tokens, self.rows))
-        neurons = activity(layers, lambda batch: self.model.trunk(batch, eager=True), batches)
+        neurons = activity(layers, lambda batch: self.model.trunk(batch, plain=True), batches)
         values = dict(matrices=diagnostics.measure(step), neurons=neurons)
         seconds = round(time.perf_counter() - started, 3)
         log.record("diag", console=False, step=step, seconds=seconds, **values)

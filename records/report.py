@@ -27,7 +27,7 @@ BENCHES = {  # what tells measurements apart, then a column per (title, key, for
     "optimizers": (("device", "command"), (
         ("ms per step", "ms", ".2f"), ("rms of sigma - 1", "rms_sigma", ".2g"),
         ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"), *ORIGIN)),
-    "trainer": (("device", "gpus", "preset", "optimizer"), (
+    "trainer": (("bench", "device", "gpus", "preset", "optimizer"), (
         ("preset", "preset", ""), ("tokens/s", "tokens_per_s", ",.0f"),
         ("ms per step", "step_ms", ".2f"), ("of these optimizer", "optimizer_ms", ".2f"),
         ("peak GiB", "peak_gib", ".1f"), ("start (s)", "start_s", ".1f"), *ORIGIN)),
@@ -69,7 +69,8 @@ def _prose_row(run: Run, page: Path) -> list[str]:
 def bench_table(root: Path, bench: str) -> str:
     """The newest measurement of each kind, with the commands that made them."""
     keys, columns = BENCHES[bench]
-    entries = _newest(root / f"records/bench/{bench}.jsonl", keys)
+    entries = [e for e in _newest(root / f"records/bench/{bench}.jsonl", keys)
+               if e.get("bench") == bench]  # trainer.jsonl also has lines of growth
     if not entries:
         return f"not measured yet: run `python tools/bench_{bench}.py`\n"
     rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]

@@ -1,10 +1,12 @@
 """The benches run on the CPU through the same code, and what they print is what a GPU would add."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,14 +22,19 @@ def test_the_trainer_bench_measures_a_small_preset_with_one_and_two_ranks(tmp_pa
     """Once it read an attribute that the trainer had lost, and a device run came back empty."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     small = "--preset demo --batch-tokens 2048 --val-tokens 2048 --rows 2".split()
-    out = tmp_path / "trainer.jsonl"
+    out, trace = tmp_path / "trainer.jsonl", tmp_path / "trainer.trace.json.gz"
     launcher = [sys.executable, *(torchrun if ranks == 2 else [])]
     command = [*launcher, str(ROOT / "tools/bench_trainer.py"), *small]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--bench-steps", "2", "--out", str(out)], env=env, capture_output=True, text=True
-    )
+        [*command, "--bench-steps", "2", "--out", str(out), "--profile", "1"], env=env,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    head, *table, _ = done.stdout.splitlines()
+    assert head.endswith(f"ms of kernels in a step, the trace is {trace}")
+    assert len(table) == 16 and any(row.endswith("aten::addmm") for row in table)
+    assert len(json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]) > 100
     line = last_line(out)
     assert (line["bench"], line["gpus"], line["preset"]) == ("trainer", ranks, "demo")
     assert line["microbatch_rows"] == 2
@@ -37,6 +44,46 @@ def test_the_trainer_bench_measures_a_small_preset_with_one_and_two_ranks(tmp_pa
     matrices = 4 * 12 * 128 * 128 * 4  # 4 layers, fp32: half of it is sent twice, none alone
     assert line["bytes_per_rank"] == (matrices if ranks == 2 else 0)
     assert line["tokens_per_s"] == pytest.approx(2048 / line["step_ms"] * 1000, rel=1e-3)
+
+
+def test_the_trainer_bench_measures_how_a_step_grows(tmp_path):
+    """With the MLP's expansion at the preset's width, then with the width at expansion 4."""
+    out = tmp_path / "trainer.jsonl"
+    command = [sys.executable, str(ROOT / "tools/bench_trainer.py"), "--out", str(out)]
+    small = "--preset demo --batch-tokens 512 --val-tokens 512 --rows 2 --bench-steps 1"
+    sizes = "--expansions 1 8 --widths 64"
+    done = subprocess.run(
+        [*command, *small.split(), *sizes.split()], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["expansion"], line["width"]) for line in lines] == [(1, 128), (8, 128), (4, 64)]
+    assert all(line["bench"] == "growth" and "start_s" not in line for line in lines)
+    assert all(0 < line["optimizer_share"] < 1 for line in lines)
+    assert lines[0]["step_ms"] < lines[1]["step_ms"] > lines[2]["step_ms"]
+    assert all(sizes in line["command"] and line["peak_gib"] == 0 for line in lines)
+
+
+def test_a_profile_lists_what_ran_on_the_device_by_time_in_a_step(monkeypatch):
+    """Annotations span other kernels: counting them would count those twice."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import bench_trainer as bench
+    from torch.autograd import DeviceType
+
+    def event(key: str, kind: DeviceType, us: float, count: int, note: bool = False):
+        times = dict(self_device_time_total=us, self_cpu_time_total=us)
+        return SimpleNamespace(
+            key=key, device_type=kind, count=count, is_user_annotation=note, **times
+        )  # fmt: skip
+
+    events = [
+        event("gemm", DeviceType.CUDA, 3000, 6), event("norm", DeviceType.CUDA, 5000, 2),
+        event("step", DeviceType.CUDA, 9000, 2, note=True), event("aten", DeviceType.CPU, 800, 4),
+    ]  # fmt: skip
+    rows = bench.kernel_rows(events, steps=2, on_gpu=True)
+    assert rows == [(2.5, 1.0, "norm"), (1.5, 3.0, "gemm")]
+    assert bench.kernel_rows(events, steps=2, on_gpu=False) == [(0.4, 2.0, "aten")]
 
 
 def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_path, monkeypatch):

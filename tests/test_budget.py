@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
-    "train_gpt.py": 892,
+    "train_gpt.py": 898,
+    "kernels/__init__.py": 610,
     "optimizers/__init__.py": 25,
     "optimizers/polar.py": 105,
     "optimizers/slot.py": 358,
@@ -38,7 +39,7 @@ CEILINGS = {
     "data/embedded.py": 120,
 }
 FILES = sorted(
-    path for folder in (".", "optimizers", "records", "data", "tools", "tests")
+    path for folder in (".", "kernels", "optimizers", "records", "data", "tools", "tests")
     for path in (ROOT / folder).glob("*.py")
 )  # fmt: skip
 PRODUCT = [path for path in FILES if path.parent.name != "tests"]
@@ -55,7 +56,7 @@ def test_a_file_stays_below_its_ceiling(file: str, ceiling: int) -> None:
 
 def test_every_module_has_a_ceiling() -> None:
     """A new optimizer has that of its folder (below); tools and tests have none."""
-    rooms = {".", "records", "data"}
+    rooms = {".", "kernels", "records", "data"}
     free = {"records/__init__.py", "data/__init__.py"}
     files = {name(path) for path in PRODUCT if path.parent.relative_to(ROOT).as_posix() in rooms}
     assert files - free <= set(CEILINGS)

@@ -23,7 +23,9 @@ Tiny = Callable[..., list[str]]
 DEMO = ("--preset", "demo", "--device", "cpu", "--optimizer", "aurora", "--steps", "3", "--rows",
         "2", "--batch-tokens", "2048", "--val-tokens", "2048", "--val-every", "1")  # fmt: skip
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-SOURCES = ["train_gpt.py", *(f"optimizers/{p.name}" for p in (ROOT / "optimizers").glob("*.py"))]
+PACKAGES = ("kernels", "optimizers")
+SOURCES = [f"{package}/{p.name}" for package in PACKAGES for p in (ROOT / package).glob("*.py")]
+SOURCES = ["train_gpt.py", *SOURCES]
 
 
 def launch(script: Path, corpus: Path, cwd: Path, size: int) -> tuple[str, Run, str]:
@@ -233,7 +235,7 @@ def bound(path: Path) -> dict[str, str]:
 
     def look(nodes: list[ast.stmt]) -> None:
         for node in nodes:
-            if isinstance(node, ast.ImportFrom) and (node.level or node.module == "optimizers"):
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module in PACKAGES):
                 continue  # a sibling's name, bound there
             if isinstance(node, ast.Import | ast.ImportFrom):
                 module = getattr(node, "module", None)
@@ -269,7 +271,7 @@ def test_no_line_of_the_sources_looks_like_a_rule_or_a_mark_of_the_flattener() -
         assert (ROOT / name).read_text().endswith("\n")
 
 
-def test_optimizers_import_nothing_that_flatten_cannot_follow() -> None:
+def test_packages_import_nothing_that_flatten_cannot_follow() -> None:
     """torch, the standard library, and siblings relatively and without `as`."""
     for name in SOURCES[1:]:
         text = (ROOT / name).read_text()

@@ -170,7 +170,7 @@ def test_activations_are_bfloat16_and_logits_float32() -> None:
         module.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, out.dtype)))
     loss = model(tokens(2, 32), tokens(2, 32, seed=1))
     inside = {dtype for name, dtype in seen if name}
-    assert inside == {torch.bfloat16} and len(seen) > 20
+    assert inside == {torch.bfloat16} and len(seen) > 12
     assert loss.dtype == torch.float32
     assert model.logits(model.trunk(tokens(1, 4))).dtype == torch.float32
     kinds = {name: p.dtype for name, p in model.named_parameters()}

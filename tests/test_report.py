@@ -141,7 +141,7 @@ def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
         {"bench": "optimizers", "device": "NVIDIA H200", "rows": rows} | origin])
     kind = {"bench": "trainer", "preset": "prose", "device": "NVIDIA H200", "optimizer": "aurora"}
     write_bench(root, "trainer", [kind | origin | {"gpus": n, "tokens_per_s": 456000.4 * n}
-                                  for n in (8, 1)])
+                                  for n in (8, 1)] + [kind | {"gpus": 1, "bench": "growth"}])
     main([], root)
     assert table(root, "bench_optimizers")[2:] == [
         "| Aurora | 1 x H200 | 12.30 | 0.0028 | - | - | 2.11.0 | 0123456 |",

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("run.sh", "train_gpt.py", "requirements.txt", "pyproject.toml", "tools/setup.sh",
-          "data/*.py", "optimizers/*.py")
+          "data/*.py", "kernels/*.py", "optimizers/*.py")
 CALL = 'import sys; open("calls", "a").write(" ".join([{name!r}, *sys.argv[1:]]) + "\\n")\n'
 TRAINER = """
 from types import SimpleNamespace

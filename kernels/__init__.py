@@ -1,0 +1,603 @@
+"""The model's own kernels, each with the PyTorch that computes the same where it cannot run.
+
+What a block of train_gpt.py computes in plain PyTorch costs, beside its matrix products, a hundred
+passes over memory. These kernels leave the products to cuBLAS, attention to cuDNN, and make of the
+rest one pass each. No torch.compile: nothing to wait for but a few seconds of Triton.
+
+add_norm     h = x + y + b,  n = gain h / rms(h); backwards one pass that also sums the gradients
+             of b and gain over tokens. The bias of the product that made y is added here.
+qkv          q, k, v from one product; per head q / rms(q), rotated, in place; k as well. Backwards
+             one pass makes the gradient of the product's output, and sums it over tokens.
+relu_square  post = relu(n W^T + b)^2, written by the product itself, and so is its gradient
+             (dy V) 2 sqrt(post), summed over tokens: relu(pre) = sqrt(post), only post is kept.
+capped_loss  the output head, its cross-entropy and all their gradients in the forward pass:
+                 z = x W^T + b,    f = 15 z / sqrt(z^2 + 225),    loss = logsumexp(f) - f[target]
+                 dz = (softmax(f) - onehot(target)) s^3,    s = 15 / sqrt(z^2 + 225)
+             PyTorch would keep z, f and softmax(f) of all tokens, in float32 200 kB each for a
+             token of GPT-2. Here z of some thousand tokens at a time is written once in half
+             precision, and dz takes its place; f is below 15, so no exponential overflows.
+
+Kernels need half precision on an NVIDIA GPU, those of the blocks Hopper (TMA, what they are tuned
+for). Not here: the optimizers' (optimizers/).
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # a CPU build of torch comes without it
+    triton = None
+
+CAP, EPS = 15.0, torch.finfo(torch.float32).eps  # F.rms_norm's, also for half precision
+CHUNK = 8192  # tokens whose logits are in memory at once: 0.8 GB in bf16 for 50304 of them
+PROGRAMS = 1584  # that sum over tokens, each its part: 12 for each of an H100's 132 processors
+
+MLP_TILE = (256, 128, 64)  # of the MLP's products: rows, columns, depth
+
+####################################################################################################
+#                                             Kernels                                              #
+####################################################################################################
+
+if triton is not None:
+
+    @triton.jit
+    def add_norm_kernel(
+        x, y, bias, gain, h, n, scales, tokens, eps, width: tl.constexpr, ADDS: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Program i: ROWS tokens of h = x + y + bias, n = gain h s, s = 1 / rms(h) in scales."""
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        columns = tl.arange(0, BLOCK)
+        here = rows[:, None].to(tl.int64) * width + columns[None, :]
+        inside = (rows < tokens)[:, None] & (columns < width)[None, :]
+        v = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
+        if ADDS:
+            v += tl.load(y + here, mask=inside, other=0.0).to(tl.float32)
+            v += tl.load(bias + columns, mask=columns < width, other=0.0)[None, :]
+            rounded = v.to(h.dtype.element_ty)
+            tl.store(h + here, rounded, mask=inside)
+            v = rounded.to(tl.float32)
+        s = tl.rsqrt(tl.sum(v * v, axis=1) / width + eps)
+        tl.store(scales + rows, s, mask=rows < tokens)
+        v *= s[:, None] * tl.load(gain + columns, mask=columns < width, other=0.0)[None, :]
+        tl.store(n + here, v.to(n.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def add_norm_gradient_kernel(
+        dh, dn, h, gain, scales, dx, sums, tokens, turns: tl.constexpr, width: tl.constexpr,
+        PASSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Program p: dx of its part of the tokens; sums[p]: of dgain, then of dx (= dbias)."""
+        columns = tl.arange(0, BLOCK)
+        g = tl.load(gain + columns, mask=columns < width, other=0.0)[None, :]
+        dgain = tl.zeros((ROWS, BLOCK), tl.float32)
+        dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+        for turn in range(turns):
+            rows = (turn * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+            here = rows[:, None].to(tl.int64) * width + columns[None, :]
+            inside = (rows < tokens)[:, None] & (columns < width)[None, :]
+            s = tl.load(scales + rows, mask=rows < tokens, other=0.0)[:, None]
+            u = tl.load(h + here, mask=inside, other=0.0).to(tl.float32) * s
+            d = tl.load(dn + here, mask=inside, other=0.0).to(tl.float32)
+            dgain += d * u
+            d *= g
+            d = (d - u * (tl.sum(d * u, axis=1) / width)[:, None]) * s
+            if PASSED:
+                d += tl.load(dh + here, mask=inside, other=0.0).to(tl.float32)
+            dbias += d
+            tl.store(dx + here, d.to(dx.dtype.element_ty), mask=inside)
+        at = sums + tl.program_id(0) * 2 * width + columns
+        tl.store(at, tl.sum(dgain, axis=0), mask=columns < width)
+        tl.store(at + width, tl.sum(dbias, axis=0), mask=columns < width)
+
+    @triton.jit
+    def rotary_kernel(
+        qkv, cos, sin, scales, tokens, row_tokens, eps, HEADS: tl.constexpr, HALF: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Program i: ROWS tokens of qkv (tokens, 3, HEADS, 2 HALF): q and k normed and rotated."""
+        rows, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)
+        inside, table = (rows < tokens)[:, None], (rows % row_tokens)[:, None] * HALF + c[None, :]
+        across, up = tl.load(cos + table, mask=inside), tl.load(sin + table, mask=inside)
+        for head in range(2 * HEADS):
+            here = rows[:, None].to(tl.int64) * (6 * HEADS * HALF) + head * 2 * HALF + c[None, :]
+            a = tl.load(qkv + here, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(qkv + here + HALF, mask=inside, other=0.0).to(tl.float32)
+            s = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * HALF) + eps)
+            tl.store(scales + rows * 2 * HEADS + head, s, mask=rows < tokens)
+            a, b = a * s[:, None], b * s[:, None]
+            first, second = a * across + b * up, b * across - a * up
+            tl.store(qkv + here, first.to(qkv.dtype.element_ty), mask=inside)
+            tl.store(qkv + here + HALF, second.to(qkv.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def rotary_gradient_kernel(
+        dq, dk, dv, qkv, cos, sin, scales, dqkv, sums, tokens, row_tokens, turns: tl.constexpr,
+        HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Program (p, head): its part of the tokens of dqkv; sums[p] of them, (3, HEADS, 2 HALF).
+
+        y = rotated u, u = s x: dx = s R^T (dy - y mean(dy y)), as rotations keep products.
+        """
+        head, c = tl.program_id(1), tl.arange(0, HALF)
+        width = 2 * HEADS * HALF
+        for part in tl.static_range(3):
+            first, second = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
+            for turn in range(turns):
+                rows = (turn * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+                inside = (rows < tokens)[:, None]
+                here = rows[:, None].to(tl.int64) * width + head * 2 * HALF + c[None, :]
+                there = here + rows[:, None].to(tl.int64) * (2 * width) + part * width
+                given = dq if part == 0 else (dk if part == 1 else dv)
+                a = tl.load(given + here, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(given + here + HALF, mask=inside, other=0.0).to(tl.float32)
+                if part < 2:
+                    y = tl.load(qkv + there, mask=inside, other=0.0).to(tl.float32)
+                    z = tl.load(qkv + there + HALF, mask=inside, other=0.0).to(tl.float32)
+                    mean = (tl.sum(a * y + b * z, axis=1) / (2 * HALF))[:, None]
+                    each = scales + rows * 2 * HEADS + part * HEADS + head
+                    s = tl.load(each, mask=rows < tokens, other=0.0)[:, None]
+                    a, b = (a - y * mean) * s, (b - z * mean) * s
+                    table = (rows % row_tokens)[:, None] * HALF + c[None, :]
+                    across = tl.load(cos + table, mask=inside, other=0.0)
+                    up = tl.load(sin + table, mask=inside, other=0.0)
+                    a, b = a * across - b * up, a * up + b * across
+                first += a
+                second += b
+                tl.store(dqkv + there, a.to(dqkv.dtype.element_ty), mask=inside)
+                tl.store(dqkv + there + HALF, b.to(dqkv.dtype.element_ty), mask=inside)
+            at = sums + tl.program_id(0) * 3 * width + part * width + head * 2 * HALF + c
+            tl.store(at, tl.sum(first, axis=0))
+            tl.store(at + HALF, tl.sum(second, axis=0))
+
+    @triton.jit
+    def relu_square_kernel(
+        A, B, C, bias, turns: tl.constexpr, n: tl.constexpr, k: tl.constexpr, ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        """Tiles of C (m, n) = relu(A B^T + bias)^2, one after the other on each processor."""
+        across = tl.cdiv(n, COLUMNS)
+        for turn in tl.range(turns, flatten=True):
+            tile = turn * tl.num_programs(0) + tl.program_id(0)
+            row, column = tile // across * ROWS, tile % across * COLUMNS
+            product = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for depth in range(0, k, DEPTH):
+                product = tl.dot(A.load([row, depth]), B.load([column, depth]).T, product)
+            columns = column + tl.arange(0, COLUMNS)
+            product += tl.load(bias + columns, mask=columns < n, other=0.0)
+            product = tl.where(product < 0, 0.0, product * product)  # as relu, keeps what is NaN
+            C.store([row, column], product.to(C.dtype))
+
+    @triton.jit
+    def relu_square_gradient_kernel(
+        A, B, C, post, sums, m, turns: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        """Tiles of C (m, n) = (A B) 2 sqrt(post), and of each its sums over the rows.
+
+        Each is finished by halves: one in whole would not fit beside what is loaded for the next.
+        """
+        across, HALF = tl.cdiv(n, COLUMNS), COLUMNS // 2
+        for turn in tl.range(turns, flatten=True):
+            tile = turn * tl.num_programs(0) + tl.program_id(0)
+            i, column = tile // across, tile % across * COLUMNS
+            row = i * ROWS
+            product = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for depth in range(0, k, DEPTH):
+                product = tl.dot(A.load([row, depth]), B.load([depth, column]), product)
+            halves = tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            left *= 2 * tl.sqrt(post.load([row, column]).to(tl.float32))
+            right *= 2 * tl.sqrt(post.load([row, column + HALF]).to(tl.float32))
+            C.store([row, column], left.to(C.dtype))
+            C.store([row, column + HALF], right.to(C.dtype))
+            columns = column + tl.arange(0, COLUMNS // 2)
+            at = sums + i * n + columns
+            inside = row < m  # the last turn may have more programs than tiles
+            tl.store(at, tl.sum(left, axis=0), mask=inside & (columns < n))
+            tl.store(at + HALF, tl.sum(right, axis=0), mask=inside & (columns + HALF < n))
+
+    @triton.jit
+    def capped_loss_kernel(
+        Z, targets, losses, log_sums, cap, bend, n: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        """Program i: the loss of row i of Z (rows, n), dense, and log sum exp(f). bend: cap^-2."""
+        row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        at, sums = Z + row * n, tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n, BLOCK):
+            inside = start + columns < n
+            z = tl.load(at + start + columns, mask=inside, other=0.0).to(tl.float32)
+            f = z * tl.rsqrt(z * z * bend + 1.0)
+            sums += tl.where(inside, tl.exp(f - cap), 0.0)
+        log_sum = cap + tl.log(tl.sum(sums, axis=0))
+        hit = tl.load(at + tl.load(targets + row)).to(tl.float32)
+        tl.store(losses + row, log_sum - hit * tl.rsqrt(hit * hit * bend + 1.0))
+        tl.store(log_sums + row, log_sum)
+
+    @triton.jit
+    def capped_gradient_kernel(
+        Z, targets, log_sums, sums, rows, bend, n: tl.constexpr, PART: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Program (j, p): columns j of PART rows of Z become dz; sums[p] of them over the rows."""
+        columns, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+        inside, total = columns < n, tl.zeros((BLOCK,), tl.float32)
+        for each in range(PART):
+            row = (part * PART + each).to(tl.int64)
+            at, here = Z + row * n + columns, inside & (row < rows)
+            z = tl.load(at, mask=here, other=0.0).to(tl.float32)
+            s = tl.rsqrt(z * z * bend + 1.0)
+            p = tl.exp(z * s - tl.load(log_sums + row, mask=row < rows, other=0.0))
+            hit = columns == tl.load(targets + row, mask=row < rows, other=-1)
+            dz = (p - tl.where(hit, 1.0, 0.0)) * (s * s * s)
+            total += tl.where(here, dz, 0.0)
+            tl.store(at, dz.to(Z.dtype.element_ty), mask=here)
+        tl.store(sums + part * n + columns, total, mask=inside)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether kernels take this tensor: half precision on an NVIDIA GPU."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return triton is not None and half and x.is_cuda and torch.version.hip is None
+
+
+def runs_blocks(x: Tensor) -> bool:
+    """Whether `fused_trunk` is what is fastest for this tensor: on Hopper."""
+    return runs_triton(x) and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def power_of_two(width: int) -> int:
+    return 1 << (width - 1).bit_length()
+
+
+####################################################################################################
+#                                        Residual and norm                                         #
+####################################################################################################
+
+
+def add_norm_by_triton(
+    x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, n = x if y is None else torch.empty_like(x), torch.empty_like(x)
+    (tokens, width), rows = x.shape, 2
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    add_norm_kernel[(triton.cdiv(tokens, rows),)](
+        x, y, bias, gain, h, n, scales, tokens, EPS, width=width, ADDS=y is not None, ROWS=rows,
+        BLOCK=power_of_two(width), num_warps=4,
+    )  # fmt: skip
+    return h, n, scales
+
+
+def add_norm_by_torch(
+    x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x if y is None else (x.to(wide) + y + bias).to(x.dtype)
+    scales = (h.to(wide).square().mean(dim=1) + EPS).rsqrt()
+    return h, (h * scales[:, None] * gain).to(x.dtype), scales
+
+
+def add_norm_gradient_by_triton(
+    dh: Tensor | None, dn: Tensor, h: Tensor, gain: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, width), rows, dx = h.shape, 1, torch.empty_like(h)
+    sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=h.device)
+    add_norm_gradient_kernel[(PROGRAMS,)](
+        dh, dn.contiguous(), h, gain, scales, dx, sums, tokens,
+        turns=triton.cdiv(tokens, PROGRAMS * rows), width=width, PASSED=dh is not None, ROWS=rows,
+        BLOCK=power_of_two(width), num_warps=max(1, width // 1024),
+    )  # fmt: skip
+    return dx, *sums.sum(dim=0)
+
+
+def add_norm_gradient_by_torch(
+    dh: Tensor | None, dn: Tensor, h: Tensor, gain: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    u = h * scales[:, None]
+    d = dn * gain
+    dx = (d - u * (d * u).mean(dim=1, keepdim=True)) * scales[:, None]
+    dx = dx if dh is None else dx + dh
+    return dx.to(h.dtype), (dn * u).sum(dim=0), dx.sum(dim=0)
+
+
+class AddNorm(torch.autograd.Function):
+    """x, y (tokens, width), y possibly None; bias and gain (width) in float32."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.half, ctx.adds = runs_triton(x), y is not None
+        h, n, scales = (add_norm_by_triton if ctx.half else add_norm_by_torch)(x, y, bias, gain)
+        ctx.save_for_backward(h, gain, scales)
+        return (h, n) if ctx.adds else n
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dh, dn = grads if ctx.adds else (None, *grads)
+        by = add_norm_gradient_by_triton if ctx.half else add_norm_gradient_by_torch
+        dx, dgain, dbias = by(dh, dn, *ctx.saved_tensors)
+        return (dx, dx, dbias, dgain) if ctx.adds else (dx, None, None, dgain)
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h = x + y + bias, or x where there is no y; and gain h / rms(h)."""
+    return (x, AddNorm.apply(x, None, None, gain)) if y is None else AddNorm.apply(x, y, bias, gain)
+
+
+####################################################################################################
+#                                        Products, attention                                       #
+####################################################################################################
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x, (tokens, m) and (tokens, n) -> (m, n) in float32, not rounded on the way."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(dy.mT, x, out_dtype=torch.float32)
+    return (dy.mT @ x).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Product(torch.autograd.Function):
+    """x W^T of x (tokens, n) and W (m, n) in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        W = weight.to(x.dtype)
+        ctx.save_for_backward(x, W)
+        return x @ W.mT
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, W = ctx.saved_tensors
+        return dy @ W, weight_gradient(dy, x)
+
+
+def rotary_by_triton(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (tokens, _, heads, head_dim), rows = qkv.shape, 16
+    scales = torch.empty(tokens, 2, heads, dtype=torch.float32, device=qkv.device)
+    rotary_kernel[(triton.cdiv(tokens, rows),)](
+        qkv, cos, sin, scales, tokens, len(cos), EPS, HEADS=heads, HALF=head_dim // 2, ROWS=rows,
+        num_warps=2,
+    )  # fmt: skip
+    return scales
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotated x (tokens, ..., head_dim) by cos and sin (row_tokens, 1, head_dim / 2)."""
+    a, b = x.unflatten(0, (-1, len(cos))).chunk(2, dim=-1)
+    cos, sin = (table.view(len(cos), *[1] * (x.ndim - 2), -1) for table in (cos, sin))
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(0, 1)
+
+
+def rotary_by_torch(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = qkv[:, :2].to(torch.promote_types(qkv.dtype, torch.float32))
+    scales = (wide.square().mean(dim=-1) + EPS).rsqrt()
+    qkv[:, :2] = turned(wide * scales[..., None], cos, sin)
+    return scales
+
+
+def rotary_gradient_by_triton(
+    grads: Sequence[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    (tokens, _, heads, head_dim), rows = qkv.shape, 8
+    dqkv, programs = torch.empty_like(qkv), PROGRAMS // 9
+    sums = torch.empty(programs, qkv[0].numel(), dtype=torch.float32, device=qkv.device)
+    rotary_gradient_kernel[(programs, heads)](
+        *(grad.contiguous() for grad in grads), qkv, cos, sin, scales, dqkv, sums, tokens, len(cos),
+        turns=triton.cdiv(tokens, programs * rows), HEADS=heads, HALF=head_dim // 2, ROWS=rows,
+        num_warps=4,
+    )  # fmt: skip
+    return dqkv, sums.sum(dim=0)
+
+
+def rotary_gradient_by_torch(
+    grads: Sequence[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    d, y = torch.stack(list(grads[:2]), dim=1).to(scales.dtype), qkv[:, :2]
+    d = (d - y * (d * y).mean(dim=-1, keepdim=True)) * scales[..., None]
+    dqkv = torch.cat([turned(d, cos, -sin), grads[2][:, None]], dim=1)
+    return dqkv.to(qkv.dtype), dqkv.sum(dim=0).flatten()
+
+
+class QKV(torch.autograd.Function):
+    """x (tokens, width), weights (width, width) and biases (width) in float32, as of q, k, v."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, cos: Tensor, sin: Tensor, *layers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.half, heads = runs_triton(x), (3, -1, 2 * cos.size(-1))
+        W, b = x.new_empty(3, *layers[0].shape), x.new_empty(3, len(layers[0]))
+        torch._foreach_copy_([*W, *b], layers)  # casts
+        W, b = W.flatten(0, 1), b.flatten()
+        qkv = torch.addmm(b, x, W.mT).unflatten(1, heads)
+        scales = (rotary_by_triton if ctx.half else rotary_by_torch)(qkv, cos, sin)
+        ctx.save_for_backward(x, W, qkv, cos, sin, scales)
+        return qkv.unbind(dim=1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, *rest = ctx.saved_tensors
+        by = rotary_gradient_by_triton if ctx.half else rotary_gradient_by_torch
+        dqkv, sums = by(grads, *rest)
+        dqkv = dqkv.flatten(1)
+        dW = weight_gradient(dqkv, x)
+        return dqkv @ W, None, None, *dW.chunk(3), *sums.chunk(3)
+
+
+####################################################################################################
+#                                         Squared-ReLU MLP                                         #
+####################################################################################################
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tiles_of(*blocks: tuple[Tensor, list[int]]) -> list:
+    return [TensorDescriptor.from_tensor(whole.contiguous(), block) for whole, block in blocks]
+
+
+def turns_of(C: Tensor) -> int:
+    """How many tiles of C (m, n) each processor computes."""
+    tiles = triton.cdiv(len(C), MLP_TILE[0]) * triton.cdiv(C.size(1), MLP_TILE[1])
+    return triton.cdiv(tiles, processors(C.device))
+
+
+def relu_square_by_triton(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    post, (rows, columns, depth) = x.new_empty(len(x), len(W)), MLP_TILE
+    tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (post, [rows, columns]))
+    relu_square_kernel[(processors(x.device),)](
+        *tiles, b, turns=turns_of(post), n=len(W), k=x.size(1), ROWS=rows, COLUMNS=columns,
+        DEPTH=depth, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return post
+
+
+def relu_square_by_torch(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(b.type_as(x), x, W.mT).relu().square()
+
+
+def relu_square_gradient_by_triton(
+    dy: Tensor, V: Tensor, post: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dpre, (m, n), (rows, columns, depth) = torch.empty_like(post), post.shape, MLP_TILE
+    sums, half = post.new_empty(triton.cdiv(m, rows), n, dtype=torch.float32), [rows, columns // 2]
+    tiles = tiles_of((dy, [rows, depth]), (V, [depth, columns]), (dpre, half), (post, half))
+    relu_square_gradient_kernel[(processors(dy.device),)](
+        *tiles, sums, m, turns=turns_of(post), n=n, k=dy.size(1), ROWS=rows, COLUMNS=columns,
+        DEPTH=depth, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return dpre, sums.sum(dim=0)
+
+
+def relu_square_gradient_by_torch(dy: Tensor, V: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    root = post * post.clamp_min(torch.finfo(post.dtype).tiny).rsqrt()  # CPUs: sqrt(0) is slow
+    dpre = (dy @ V) * (2 * root)
+    return dpre, dpre.sum(dim=0, dtype=torch.promote_types(post.dtype, torch.float32))
+
+
+class SquaredReluMLP(torch.autograd.Function):
+    """relu(x W^T + b)^2 V^T of x (tokens, width); W, b and V in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor) -> Tensor:
+        W, V = weight.to(x.dtype), proj.to(x.dtype)
+        ctx.half = runs_blocks(x)
+        post = (relu_square_by_triton if ctx.half else relu_square_by_torch)(x, W, b)
+        ctx.save_for_backward(x, W, V, post)
+        return post @ V.mT
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
+        x, W, V, post = ctx.saved_tensors
+        by = relu_square_gradient_by_triton if ctx.half else relu_square_gradient_by_torch
+        dpre, db = by(dy, V, post)
+        return dpre @ W, weight_gradient(dpre, x), db, weight_gradient(dy, post)
+
+
+def fused_trunk(
+    x: Tensor, norm1: nn.Module, blocks: Sequence[nn.Module], norm2: nn.Module, cos: Tensor,
+    sin: Tensor,
+) -> Tensor:  # fmt: skip
+    """x (rows, row_tokens, width) through train_gpt.py's blocks, and the norms around them."""
+    shape, y, bias = x.shape, None, None
+    x = add_norm(x.flatten(0, 1), None, None, norm1.gain)[1]
+    for block in blocks:
+        attn, mlp = block.attn, block.mlp
+        x, n = add_norm(x, y, bias, block.norm1.gain)
+        layers = attn.q, attn.k, attn.v
+        qkv = QKV.apply(n, cos, sin, *(p.weight for p in layers), *(p.bias for p in layers))
+        a = attn.attend(*(t.unflatten(0, shape[:2]) for t in qkv)).flatten(0, 1)
+        y = Product.apply(a, attn.proj.weight)
+        x, n = add_norm(x, y, attn.proj.bias, block.norm2.gain)
+        y = SquaredReluMLP.apply(n, mlp.fc.weight, mlp.fc.bias, mlp.proj.weight)
+        bias = mlp.proj.bias
+    return add_norm(x, y, bias, norm2.gain)[1].view(shape)
+
+
+####################################################################################################
+#                                        Head and its loss                                         #
+####################################################################################################
+
+
+def capped_loss_by_triton(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
+    capped_loss_kernel[(len(z),)](
+        z, targets, losses, log_sums, CAP, CAP**-2, n=z.size(1), BLOCK=2048, num_warps=4
+    )  # fmt: skip
+    return losses, log_sums
+
+
+def capped_loss_by_torch(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    f = z.float()
+    f = f * torch.rsqrt(f.square() / CAP**2 + 1)
+    log_sums = f.logsumexp(dim=1)
+    return log_sums - f.gather(1, targets[:, None])[:, 0], log_sums
+
+
+def capped_gradient_by_triton(z: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
+    (rows, n), part, block = z.shape, 128, 1024
+    sums = torch.empty(triton.cdiv(rows, part), n, dtype=torch.float32, device=z.device)
+    capped_gradient_kernel[(triton.cdiv(n, block), len(sums))](
+        z, targets, log_sums, sums, rows, CAP**-2, n=n, PART=part, BLOCK=block, num_warps=4
+    )  # fmt: skip
+    return sums.sum(dim=0)
+
+
+def capped_gradient_by_torch(z: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
+    wide = z.float()
+    s = torch.rsqrt(wide.square() / CAP**2 + 1)
+    p = (wide * s - log_sums[:, None]).exp()
+    p.scatter_add_(1, targets[:, None], -torch.ones_like(log_sums)[:, None])
+    z.copy_(dz := p * s**3)
+    return dz.sum(dim=0)
+
+
+class CappedLoss(torch.autograd.Function):
+    """Gradients are made in the forward pass, those of weight and bias summed in float32."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learns: bool
+    ) -> Tensor:  # fmt: skip
+        W, b, half = weight.type_as(x), bias.type_as(x), runs_triton(x)
+        capped = capped_loss_by_triton if half else capped_loss_by_torch
+        gradient = capped_gradient_by_triton if half else capped_gradient_by_torch
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        if learns:
+            dx, dW, db = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+            ctx.save_for_backward(dx, dW, db)
+        for start in range(0, len(x), CHUNK):
+            part = slice(start, start + CHUNK)
+            z = torch.addmm(b, x[part], W.mT)
+            losses, log_sums = capped(z, targets[part])
+            loss += losses.sum()
+            if learns:
+                db += gradient(z, targets[part], log_sums)
+                torch.mm(z, W, out=dx[part])
+                if half:  # neither rounds the product nor takes a pass of its own to add it
+                    torch.addmm(dW, z.mT, x[part], out_dtype=dW.dtype, out=dW)
+                else:
+                    dW += z.mT @ x[part]
+            del z  # before the next one is made
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None
+
+
+def capped_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """() summed loss in nats of x (tokens, width) and targets (tokens); weight, bias: float32."""
+    return CappedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled())

@@ -1,0 +1,286 @@
+"""kernels/: each kernel, in the interpreter of Triton, and its PyTorch, against the formula."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import in_fresh_python
+from test_model import randomise
+from torch import Tensor
+
+import kernels
+import train_gpt
+from kernels import capped_loss, runs_triton
+
+ROOT = Path(__file__).resolve().parent.parent
+START = """
+import torch
+import kernels
+from kernels import *
+kernels.PROGRAMS, kernels.processors = 27, lambda device: 3
+half = torch.float16  # the interpreter misreads bfloat16
+def compare(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error < tolerance, (a.shape, error)
+"""
+CAPPED = """
+for rows, n in ((3, 5000), (5, 4096), (200, 257), (1, 3)):
+    generator = torch.Generator().manual_seed(n)
+    z = (20 * torch.randn(rows, n, generator=generator)).to(half)
+    targets = torch.randint(0, n, (rows,), generator=generator)
+    targets[0], targets[-1] = 0, n - 1
+    wide, kept = z.float(), z.clone()
+    expected, found = capped_loss_by_torch(wide, targets), capped_loss_by_triton(z, targets)
+    assert torch.equal(z, kept) and found[0].dtype == torch.float32
+    compare(found, expected, 1e-5)
+    sums = capped_gradient_by_triton(z, targets, found[1])
+    compare([sums], [capped_gradient_by_torch(wide, targets, expected[1])], 1e-5)
+    compare([z], [wide], 5e-4)
+print("compared")
+"""
+NORM = """
+for tokens, width in ((70, 48), (5, 128)):
+    torch.manual_seed(width)
+    x, y, dh, dn = torch.randn(4, tokens, width).to(half)
+    bias, gain = torch.randn(2, width)
+    for other in (y, None):
+        expected = add_norm_by_torch(x, other, bias, gain)
+        compare(add_norm_by_triton(x, other, bias, gain), expected, 1e-4)
+    h, _, scales = expected
+    for passed in (dh, None):
+        wide = [t if t is None else t.double() for t in (passed, dn, h, gain, scales)]
+        found = add_norm_gradient_by_triton(passed, dn, h, gain, scales)
+        compare(found[:1], add_norm_gradient_by_torch(*wide)[:1], 5e-4)
+        compare(found[1:], add_norm_gradient_by_torch(*wide)[1:], 1e-6)
+print("compared")
+"""
+ROTARY = """
+for row_tokens, heads, head_dim in ((6, 3, 16), (40, 1, 32)):
+    torch.manual_seed(heads)
+    angles = torch.randn(row_tokens, 1, head_dim // 2)
+    tables = angles.cos(), angles.sin()
+    found = torch.randn(4 * row_tokens, 3, heads, head_dim).to(half)
+    expected = found.clone()
+    scales = rotary_by_triton(found, *tables)
+    compare([scales], [rotary_by_torch(expected, *tables)], 1e-6)
+    compare([found], [expected], 1e-4)
+    grads = [g.to(half) for g in torch.randn(3, 4 * row_tokens, heads, head_dim)]
+    wide = [t.double() for t in (found, *tables, scales)]
+    exact = rotary_gradient_by_torch([g.double() for g in grads], *wide)
+    dqkv, sums = rotary_gradient_by_triton(grads, found, *tables, scales)
+    compare([dqkv], exact[:1], 5e-4)
+    compare([sums], exact[1:], 1e-6)
+print("compared")
+"""
+MLP = """
+for m, k, n in ((300, 64, 256), (200, 40, 136), (3, 8, 24)):
+    torch.manual_seed(m)
+    x, W, V, dy = (torch.randn(*s).to(half) for s in ((m, k), (n, k), (k, n), (m, k)))
+    W, b = W / k**0.5, torch.randn(n)
+    post = relu_square_by_triton(x, W, b)
+    assert post.dtype == half and 0.2 < (post > 0).float().mean()
+    compare([post], [relu_square_by_torch(x.double(), W.double(), b.double())], 1e-3)
+    dpre, db = relu_square_gradient_by_triton(dy, V, post)
+    wide = relu_square_gradient_by_torch(dy.double(), V.double(), post.double())
+    compare([dpre], wide[:1], 1e-3)
+    compare([db], wide[1:], 1e-5)
+x[0, 0] = float("nan")
+assert relu_square_by_triton(x, W, b)[0].isnan().all()
+print("compared")
+"""
+HOPPER = """
+import kernels as K, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+def build(kernel, pointers, numbers, warps=4, **constants):
+    types = {name: kind for kind, names in pointers.items() for name in names.split()} | numbers
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    options = dict(num_warps=warps, num_stages=3)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+half, wide, i32 = "*bf16", "*fp32", dict(tokens="i32")
+head = dict(HEADS=6, HALF=64)
+build(K.add_norm_kernel, {half: "x y h n", wide: "bias gain scales"}, i32 | dict(eps="fp32"),
+      width=768, ADDS=True, ROWS=2, BLOCK=1024)
+build(K.add_norm_kernel, {half: "x h n", wide: "gain scales"}, i32 | dict(eps="fp32"),
+      y=None, bias=None, width=768, ADDS=False, ROWS=2, BLOCK=1024)
+build(K.add_norm_gradient_kernel, {half: "dh dn h dx", wide: "gain scales sums"}, i32, 1,
+      turns=42, width=768, PASSED=True, ROWS=1, BLOCK=1024)
+build(K.rotary_kernel, {half: "qkv", wide: "cos sin scales"},
+      i32 | dict(row_tokens="i32", eps="fp32"), 2, **head, ROWS=16)
+build(K.rotary_gradient_kernel, {half: "dq dk dv qkv dqkv", wide: "cos sin scales sums"},
+      i32 | dict(row_tokens="i32"), **head, turns=47, ROWS=8)
+losses = {half: "Z", wide: "losses log_sums", "*i64": "targets"}
+build(K.capped_loss_kernel, losses, dict(cap="fp32", bend="fp32"), n=50304, BLOCK=2048)
+losses = {half: "Z", wide: "log_sums sums", "*i64": "targets"}
+sizes = dict(n=50304, PART=128, BLOCK=1024)
+build(K.capped_gradient_kernel, losses, dict(rows="i32", bend="fp32"), **sizes)
+rows, columns, depth = K.MLP_TILE
+sizes = dict(turns=47, n=3072, k=768, ROWS=rows, COLUMNS=columns, DEPTH=depth)
+tile = "tensordesc<bf16[{}, {}]>".format
+for ptx in (
+    build(K.relu_square_kernel, {wide: "bias"},
+          dict(A=tile(rows, depth), B=tile(columns, depth), C=tile(rows, columns)), 8, **sizes),
+    build(K.relu_square_gradient_kernel, {wide: "sums"},
+          dict(A=tile(rows, depth), B=tile(depth, columns), C=tile(rows, columns // 2),
+               post=tile(rows, columns // 2), m="i32"), 8, **sizes),
+):
+    assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx
+print("compiled")
+"""
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    z = F.linear(x, weight, bias)
+    logits = 15 * z * torch.rsqrt(z.square() + 15**2)
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def head(tokens: int, n: int, width: int = 24) -> tuple[list[Tensor], Tensor]:
+    """x, weight and bias in float64, logits beyond the cap; targets with both ends."""
+    parts = [random(tokens, width, seed=1), random(n, width, seed=2, scale=3), random(n, seed=3)]
+    targets = torch.randint(0, n, (tokens,), generator=torch.Generator().manual_seed(4))
+    targets[0], targets[-1] = 0, n - 1
+    return [part.double().requires_grad_() for part in parts], targets
+
+
+def as_model(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Activations in `dtype`, weights in float32, with the values that x has in `dtype`."""
+    x, *weights = (part.detach() for part in parts)
+    return [x.to(dtype).requires_grad_(), *(w.float().requires_grad_() for w in weights)]
+
+
+@pytest.mark.parametrize("name", ["CAPPED", "NORM", "ROTARY", "MLP"])
+def test_a_kernel_gives_what_its_pytorch_gives(name: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be tried")
+    code, out, err = in_fresh_python("-c", START + globals()[name], cwd=ROOT, TRITON_INTERPRET="1")
+    assert (code, out) == (0, "compared\n"), err
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    """The interpreter takes what the compiler refuses: the loss once had a name of two types."""
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be tried")
+    code, out, err = in_fresh_python("-c", HOPPER, cwd=ROOT)
+    assert (code, out) == (0, "compiled\n"), err
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 100])
+def test_loss_and_gradients_of_the_head_are_the_plain_ones_in_chunks_of_any_size(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 to 1e-5; a backward pass from 3 x the loss gives 3 x the gradients."""
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    plain, targets = head(16, 300)
+    parts = as_model(plain, torch.float32)
+    expected, found = plain_loss(*plain, targets), capped_loss(*parts, targets)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    (3 * expected).backward()
+    (3 * found).backward()
+    for a, b in zip(parts, plain, strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).norm() < 1e-5 * b.grad.norm()
+
+
+def test_in_bfloat16_the_heads_gradients_stay_within_a_hundredth(monkeypatch) -> None:
+    """z and dz are rounded to 8 bits, sums over tokens and chunks are not."""
+    monkeypatch.setattr(kernels, "CHUNK", 64)
+    plain, targets = head(512, 300)
+    parts = as_model(plain, torch.bfloat16)
+    expected, found = plain_loss(*plain, targets), capped_loss(*parts, targets)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    expected.backward()
+    found.backward()
+    assert [part.grad.dtype for part in parts] == [torch.bfloat16, torch.float32, torch.float32]
+    for a, b in zip(parts, plain, strict=True):
+        assert (a.grad - b.grad).norm() < 0.01 * b.grad.norm()
+
+
+def test_without_gradients_the_head_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Function is told which inputs need a gradient, also where none is recorded: under no_grad
+    it once did the work of a backward pass in every validation."""
+    made = []
+    gradient = kernels.capped_gradient_by_torch
+    monkeypatch.setattr(
+        kernels, "capped_gradient_by_torch", lambda *args: made.append(1) or gradient(*args)
+    )
+    plain, targets = head(8, 30)
+    parts = as_model(plain, torch.float32)
+    with torch.no_grad():
+        without = capped_loss(*parts, targets)
+    assert not made and not without.requires_grad
+    learning = capped_loss(*parts, targets)
+    assert made and learning.requires_grad and torch.equal(without, learning)
+
+
+def small_model(dtype: str) -> tuple[train_gpt.GPT, Tensor]:
+    """A model with all weights away from zero, and 3 rows of tokens."""
+    sizes = dict(layers=2, width=64, head_dim=16, row_tokens=32, vocab_size=257, dtype=dtype)
+    config = train_gpt.Config(**train_gpt.PRESETS["demo"] | sizes)
+    model = train_gpt.build_model(config, torch.device("cpu"))
+    randomise(model)
+    return model, torch.randint(0, 257, (3, 32), generator=torch.Generator().manual_seed(5))
+
+
+def loss_and_gradients(model: train_gpt.GPT, tokens: Tensor, fused: bool) -> tuple[Tensor, dict]:
+    model.fused = fused
+    model.zero_grad()
+    loss = model(tokens, tokens.roll(1))
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_the_fused_trunk_is_the_plain_one_and_so_is_every_gradient() -> None:
+    """In float32 to 1e-5: the formulas are the same, only the order of sums differs."""
+    model, tokens = small_model("float32")
+    loss, grads = loss_and_gradients(model, tokens, fused=True)
+    expected, exact = loss_and_gradients(model, tokens, fused=False)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, grad in grads.items():
+        assert grad.dtype == exact[name].dtype
+        assert (grad - exact[name]).norm() < 1e-5 * exact[name].norm(), name
+
+
+def test_in_bfloat16_the_fused_gradients_are_no_further_from_float32_than_the_plain_ones() -> None:
+    """Each within 5% of float32's, and within 1.3 times what the plain model's rounding costs."""
+    exact = loss_and_gradients(*small_model("float32"), fused=False)[1]
+    model, tokens = small_model("bfloat16")
+    errors = {}
+    for fused in (True, False):
+        grads = loss_and_gradients(model, tokens, fused)[1]
+        errors[fused] = {n: ((g.float() - exact[n]).norm() / exact[n].norm()).item()
+                         for n, g in grads.items()}  # fmt: skip
+    for name, error in errors[True].items():
+        assert error < max(0.05, 1.3 * errors[False][name]), (name, error, errors[False][name])
+    assert sum(errors[True].values()) < 1.1 * sum(errors[False].values())
+
+
+def test_the_plain_trunk_calls_the_mlps_layers_also_in_a_fused_model() -> None:
+    """--diagnostics watches what comes out of fc, in trunk(..., plain=True)."""
+    model, tokens = small_model("float32")
+    seen = []
+    model.blocks[1].mlp.fc.register_forward_hook(lambda *_: seen.append(1))
+    model.fused = True
+    with torch.no_grad():
+        fused = model.trunk(tokens)
+        assert not seen
+        assert torch.allclose(model.trunk(tokens, plain=True), fused, rtol=1e-4, atol=1e-5)
+    assert seen == [1]
+
+
+def test_on_the_cpu_and_in_full_precision_pytorch_computes_it() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert not runs_triton(torch.zeros(1, 4, dtype=dtype))
+
+
+def test_without_triton_the_kernels_have_their_pytorch() -> None:
+    """A CPU build of torch comes without it."""
+    hide = "import sys; sys.modules['triton'] = None\nimport torch, kernels\n"
+    use = "print(kernels.capped_loss(*torch.eye(2)[None].expand(2, 2, 2), torch.zeros(2),"
+    use += " torch.zeros(2, dtype=torch.long)) > 1)"
+    code, out, err = in_fresh_python("-c", hide + use, cwd=ROOT)
+    assert (code, out) == (0, "tensor(True)\n"), err
