@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 
+from records import benches
 from records.figures import gpus, group_runs, look, rendered
 from records.groups import Group
 from records.log import Run, parse_log
@@ -22,17 +23,6 @@ from records.table import markdown, number
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^(<!-- table:(\w+) -->\n).*?^(<!-- /table:\2 -->)$", re.DOTALL | re.MULTILINE)
-ORIGIN = (("torch", "torch", ""), ("commit", "commit", ".7"))
-BENCHES = {  # what tells measurements apart, then a column per (title, key, format)
-    "optimizers": (("device", "command"), (
-        ("ms per step", "ms", ".2f"), ("rms of sigma - 1", "rms_sigma", ".2g"),
-        ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"), *ORIGIN)),
-    "trainer": (("bench", "device", "gpus", "preset", "optimizer"), (
-        ("preset", "preset", ""), ("tokens/s", "tokens_per_s", ",.0f"),
-        ("ms per step", "step_ms", ".2f"), ("of these optimizer", "optimizer_ms", ".2f"),
-        ("peak GiB", "peak_gib", ".1f"), ("start (s)", "start_s", ".1f"), *ORIGIN)),
-}
-
 
 def prose_runs(root: Path, folder: str = "records/prose") -> list[Run]:
     """All logs of a folder in table order."""
@@ -64,48 +54,6 @@ def _prose_row(run: Run, page: Path) -> list[str]:
             final if run.status == "complete" else f"{final}, {run.status}", steps,
             f"{last.train_time_s:.3f}", shown["ms per step"], shown["tokens/s"],
             f"[log]({run.path.relative_to(page).as_posix()})"]
-
-
-def bench_table(root: Path, bench: str) -> str:
-    """The newest measurement of each kind, with the commands that made them."""
-    keys, columns = BENCHES[bench]
-    entries = [e for e in _newest(root / f"records/bench/{bench}.jsonl", keys)
-               if e.get("bench") == bench]  # trainer.jsonl also has lines of growth
-    if not entries:
-        return f"not measured yet: run `python tools/bench_{bench}.py`\n"
-    rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
-    cells = [[look(row.get("name", row.get("optimizer", "-")))[0], gpus(row),
-              *(number(row.get(key), form) for _, key, form in columns)] for row in rows]
-    commands = dict.fromkeys(f"`{entry.get('command', '-')}`" for entry in entries)
-    table = markdown(["optimizer", "GPUs", *(title for title, _, _ in columns)], cells)
-    return f"{table}\nMade by {', '.join(commands)}.\n"
-
-
-def exactness_table(root: Path, bench: str) -> str:
-    """The newest rows of each device and command, as tools/exactness.py wrote them."""
-    keys, command = ("bench", "device", "command"), "python tools/exactness.py"
-    entries = _newest(root / "records/bench/exactness.jsonl", keys)
-    text = ""
-    for entry in (entry for entry in entries if entry["bench"] == bench):
-        header = list(max(entry["rows"], key=len))
-        rows = [[look(str(row.get(key, "-")))[0] for key in header] for row in entry["rows"]]
-        text += f"{markdown(header, rows)}\nMade by `{entry['command']}` on {entry['device']} "
-        text += f"({entry['shape']}, torch {entry['torch']}, commit {entry['commit'][:7]}).\n"
-    return text or f"not measured yet: run `{command}`\n"
-
-
-def _newest(path: Path, keys: tuple[str, ...]) -> list[dict]:
-    """The last line of a JSONL file for each value of `keys`, sorted by them."""
-    found: dict[tuple, dict] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for place, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            found[tuple(entry[key] for key in keys)] = entry
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {place}: found '{line[:80]}', expected a JSON object "
-                             f"with {', '.join(keys)}; measure again or delete it") from error
-    return [found[key] for key in sorted(found)]
 
 
 def leaderboard(root: Path) -> str:
@@ -152,13 +100,13 @@ def prose_groups(root: Path) -> str:
     return markdown(header, rows) if rows else "not measured yet\n"
 
 
-TABLES = {"prose": prose_table} | {f"bench_{b}": partial(bench_table, bench=b) for b in BENCHES}
-TABLES |= {bench: partial(exactness_table, bench=bench) for bench in ("polar", "parity")}
+TABLES = {"prose": prose_table, **benches.TABLES}
 TABLES |= {"leaderboard": leaderboard, "prose_groups": prose_groups}
 TABLES |= {name: partial(prose_table, folder=f"records/prose/{name}", page="records/prose")
            for name in ("family", "resumed")}
 PAGES = {"README.md": ("bench_optimizers", "bench_trainer", "prose"),
          "docs/optimizers.md": ("parity", "polar"),
+         "records/bench/README.md": ("growth", "kernels", "ranks", "slot", "trainer"),
          "records/README.md": ("leaderboard", "prose_groups"),
          "records/prose/README.md": ("family", "resumed")}
 

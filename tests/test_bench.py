@@ -91,7 +91,9 @@ def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_p
     import bench_optimizers as bench
     import torch
 
-    real = {"fc": torch.randn(96, 24), "proj": torch.randn(24, 96), "attn": torch.randn(24, 24)}
+    shapes = dict(fc=(96, 24), proj=(24, 96), attn=(24, 24))
+    draws = torch.Generator().manual_seed(0)
+    real = {name: torch.randn(*shape, generator=draws) for name, shape in shapes.items()}
     rows = {
         name: bench.measure(name, "tiny", torch.device("cpu"), 3, real)
         for name in ("muon", "aurora", "aurora, quintic12", "adamw", "torch.optim.Muon")

@@ -18,6 +18,8 @@ BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NA
 RECORDS_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("leaderboard", "prose_groups")]
 DOCS_BLOCKS = [block.replace("prose", name) for name in ("polar", "parity") for block in BLOCKS[:1]]
 FAMILY_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("family", "resumed")]
+BENCH_BLOCKS = [BLOCKS[0].replace("prose", name)
+                for name in ("slot", "trainer", "ranks", "growth", "kernels")]
 SCRIPT = 'print(f"step:{step}/{steps} val_loss:{loss}")\n'
 
 
@@ -54,6 +56,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "docs/optimizers.md").write_text("".join(DOCS_BLOCKS), encoding="utf-8")
     (tmp_path / "records/README.md").write_text("".join(RECORDS_BLOCKS), encoding="utf-8")
     (tmp_path / "records/prose/README.md").write_text("".join(FAMILY_BLOCKS), encoding="utf-8")
+    (tmp_path / "records/bench/README.md").write_text("".join(BENCH_BLOCKS), encoding="utf-8")
     return tmp_path
 
 
@@ -139,9 +142,10 @@ def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
         {"bench": "optimizers", "device": "NVIDIA H200", "rows": [{"name": "old"}]} | origin,
         {"bench": "optimizers", "device": "cpu", "rows": rows[1:]} | origin,
         {"bench": "optimizers", "device": "NVIDIA H200", "rows": rows} | origin])
-    kind = {"bench": "trainer", "preset": "prose", "device": "NVIDIA H200", "optimizer": "aurora"}
-    write_bench(root, "trainer", [kind | origin | {"gpus": n, "tokens_per_s": 456000.4 * n}
-                                  for n in (8, 1)] + [kind | {"gpus": 1, "bench": "growth"}])
+    kind = {"bench": "trainer", "preset": "prose", "device": "NVIDIA H200", "optimizer": "aurora",
+            "batch_tokens": 131072} | origin
+    write_bench(root, "trainer", [kind | {"gpus": n, "tokens_per_s": 456000.4 * n} for n in (8, 1)]
+                + [kind | {"gpus": 1, "bench": "growth", "expansion": 4, "width": 768}])
     main([], root)
     assert table(root, "bench_optimizers")[2:] == [
         "| Aurora | 1 x H200 | 12.30 | 0.0028 | - | - | 2.11.0 | 0123456 |",
@@ -150,6 +154,32 @@ def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
         "", "Made by `python tools/bench.py`."]
     assert [row.split(" | ")[1:4] for row in table(root, "bench_trainer")[2:4]] == [
         ["1 x H200", "prose", "456,000"], ["8 x H200", "prose", "3,648,003"]]
+
+
+def test_the_page_of_measurements_has_scaling_growth_and_kernels(root: Path) -> None:
+    page = "records/bench/README.md"
+    kind = {"bench": "trainer", "preset": "track3", "device": "NVIDIA H200", "optimizer": "muon",
+            "torch": "2.11.0", "commit": "0123456789ab", "batch_tokens": 524288}
+    command = "torchrun --standalone --nproc_per_node={} tools/bench_trainer.py --optimizer muon"
+    ranks = [kind | {"gpus": n, "command": command.format(n), "tokens_per_s": 600000.0 * n**0.9,
+                     "bytes_per_rank": 5e8, "comm_ms": 1.5} for n in (1, 2)]
+    small = kind | {"gpus": 1, "command": "python tools/bench_trainer.py --rows 8",
+                    "microbatch_rows": 8.0, "tokens_per_s": 1.0, "batch_tokens": 8192}
+    grown = kind | {"bench": "growth", "gpus": 1, "command": "c", "expansion": 8, "width": 768,
+                    "optimizer_share": 0.0123}
+    profile = kind | {"gpus": 1, "command": "p --profile 3", "batch_tokens": 1, "kernels_ms": 12.34,
+                      "kernels": [[2.5, 1.0, "norm"], [1.5, 3.0, "gemm"]], "tokens_per_s": 1.0}
+    write_bench(root, "trainer", [*ranks, small, grown, profile])
+    main([], root)
+    assert [row.split(" | ")[2:5] for row in table(root, "ranks", page)[2:4]] == [
+        ["524,288", "600,000", "100.0%"], ["524,288", "1,119,640", "93.3%"]]
+    assert table(root, "ranks", page)[3].split(" | ")[7:10] == ["1.50", "500.0", "339.7"]
+    assert table(root, "growth", page)[2].split(" | ")[2:8] == ["8", "768", "-", "-", "-", "1.2%"]
+    assert table(root, "kernels", page)[0].startswith("Commit 0123456, Muon, 1 x H200: 12.3 ms")
+    assert table(root, "kernels", page)[4:6] == ["| 2.50 | 1 | `norm` |", "| 1.50 | 3 | `gemm` |"]
+    assert len([row for row in table(root, "trainer", page) if row.startswith("| Muon")]) == 4
+    assert [row.split(" | ")[1:4] for row in table(root, "bench_trainer")[2:4]] == [
+        ["1 x H200", "track3", "600,000"], ["2 x H200", "track3", "1,119,640"]]
 
 
 def test_exactness_tables_go_into_the_page_on_optimizers(
@@ -209,7 +239,7 @@ def test_every_table_needs_one_pair_of_markers(
 def test_a_broken_bench_line_is_named(
     root: Path, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = json.dumps({"device": "cpu", "command": "python", "rows": []})
+    good = json.dumps({"bench": "optimizers", "device": "cpu", "command": "python", "rows": []})
     path = root / "records/bench/optimizers.jsonl"
     path.write_text(f"{good}\n{line}\n", encoding="utf-8")
     assert f"{path} line 2: found '{line}'" in failure(["--check"], root, capsys)

@@ -16,6 +16,7 @@ each size) and appends it to records/bench/trainer.jsonl (or --out FILE):
     bytes_per_rank  what each rank sends for it in a step
     ranks_agree     whether all ranks hold the same parameters, bit for bit, after `steps` steps;
                     where they do not, the bench fails. --check-ranks makes at least 200 steps
+    caches          whether compiled code was there at the start, of any size: "cold" or "warm"
     kernels         with --profile: milliseconds in a step, calls in a step and name of the top 15;
                     kernels_ms of all
 """
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from getpass import getuser
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +48,16 @@ from data.shards import write_shard  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from optimizers import collectives, slot  # noqa: E402
+
+
+def caches() -> str:
+    """Whether compiled code lies in Triton's or Inductor's cache: "cold" or "warm"."""
+    usual = {
+        "TRITON_CACHE_DIR": Path.home() / ".triton/cache",
+        "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir(), f"torchinductor_{getuser()}"),
+    }
+    folders = (Path(os.environ.get(name, folder)) for name, folder in usual.items())
+    return "warm" if any(f.is_dir() and any(f.iterdir()) for f in folders) else "cold"
 
 
 def make_shards(folder: Path, config: train_gpt.Config, steps: int) -> None:
@@ -207,7 +219,8 @@ def report(
     line = dict(
         bench=bench, device=world.device_name, gpus=world.size, torch=torch.__version__,
         commit=commit(), command=" ".join([launcher, "tools/bench_trainer.py", *args.given]),
-        preset=config.preset, optimizer=config.optimizer, batch_tokens=config.batch_tokens, **facts,
+        preset=config.preset, optimizer=config.optimizer, batch_tokens=config.batch_tokens,
+        caches=args.caches, **facts,
     )  # fmt: skip
     print(line)
     append_line(args.out, line)
@@ -230,6 +243,7 @@ def parse() -> tuple[argparse.Namespace, train_gpt.Config]:
         sizes = getattr(args, name)
         args.given += [f"--{name}", *map(str, sizes)] if sizes else []
     args.given += rest
+    args.caches = caches()
     return args, train_gpt.parse_config(rest)
 
 
