@@ -63,6 +63,7 @@ class Config:
     set: tuple = ()  # group.name=value, repeatable: changes one hyperparameter
     device: str = ""  # cuda, mps or cpu; default: the first that works
     compile: bool = True  # --no-compile: eager, as CPU and MPS always are
+    fp8: bool = False  # the head's logits by a product of 8-bit floats: faster, other losses
     wandb: bool = False  # log to Weights & Biases as well
     diagnostics: bool = False  # at validations, log what the last update did to MLP neurons
     checkpoint: str = ""  # file to write at validations; where it exists, the run goes on from it
@@ -79,7 +80,7 @@ class Config:
     get_data: str = "python data/cached_fineweb10B.py 18"  # what makes the data folder
 
 
-FLAGS = fields(Config)[:20]  # up to eval; what follows belongs to the benchmark
+FLAGS = fields(Config)[:21]  # up to eval; what follows belongs to the benchmark
 PRESETS = {
     "track3": {},
     "prose": dict(
@@ -315,8 +316,8 @@ class GPT(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over all tokens, so that microbatches and ranks add."""
-        x = self.trunk(inputs_BT).flatten(0, 1)
-        return capped_loss(x, self.head.weight, self.head.bias, targets_BT.flatten())
+        x, head = self.trunk(inputs_BT).flatten(0, 1), self.head
+        return capped_loss(x, head.weight, head.bias, targets_BT.flatten(), self.fp8)
 
 
 def build_model(config: Config, device: torch.device) -> GPT:
@@ -325,7 +326,7 @@ def build_model(config: Config, device: torch.device) -> GPT:
         model = GPT(config)
     model.to_empty(device=device)
     model.rotary = rotary_table(config, device)
-    model.fused = config.compile and runs_blocks(model.embed.weight)
+    model.fused, model.fp8 = config.compile and runs_blocks(model.embed.weight), config.fp8
     if config.compile and device.type == "cuda" and not model.fused:
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)

@@ -16,6 +16,7 @@ capped_loss  the output head, its cross-entropy and all their gradients in the f
              PyTorch would keep z, f and softmax(f) of all tokens, in float32 200 kB each for a
              token of GPT-2. Here z of some thousand tokens at a time is written once in half
              precision, and dz takes its place; f is below 15, so no exponential overflows.
+             With --fp8 x and W are rounded to 8 bits for z alone (e4m3, one scale for each).
 
 Kernels need half precision on an NVIDIA GPU, those of the blocks Hopper (TMA, what they are tuned
 for). Not here: the optimizers' (optimizers/).
@@ -564,14 +565,39 @@ def capped_gradient_by_torch(z: Tensor, targets: Tensor, log_sums: Tensor) -> Te
     return dz.sum(dim=0)
 
 
+def eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in e4m3, whose largest number is 448, and what brings it back."""
+    scale = x.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny * 448) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+class Logits:
+    """z = x W^T + b of chunks of x; in 8 bits where wanted, emulated on devices without them."""
+
+    def __init__(self, x: Tensor, W: Tensor, b: Tensor, fp8: bool) -> None:
+        self.x, self.W, self.b, self.fp8 = x, W, b, fp8
+        if fp8:
+            (self.x, self.scale_x), (self.W, self.scale_W) = eight_bits(x), eight_bits(W)
+
+    def of(self, part: slice) -> Tensor:
+        if not self.fp8:
+            return torch.addmm(self.b, self.x[part], self.W.mT)
+        if self.x.is_cuda and torch.cuda.get_device_capability(self.x.device) >= (8, 9):
+            how = dict(bias=self.b, out_dtype=self.b.dtype, use_fast_accum=True)
+            return torch._scaled_mm(self.x[part], self.W.mT, self.scale_x, self.scale_W, **how)
+        x, W = self.x[part].float() * self.scale_x, self.W.float() * self.scale_W
+        return torch.addmm(self.b.float(), x, W.mT).to(self.b.dtype)
+
+
 class CappedLoss(torch.autograd.Function):
     """Gradients are made in the forward pass, those of weight and bias summed in float32."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learns: bool
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learns: bool, fp8: bool
     ) -> Tensor:  # fmt: skip
-        W, b, half = weight.type_as(x), bias.type_as(x), runs_triton(x)
+        W, half = weight.type_as(x), runs_triton(x)
+        logits = Logits(x, W, bias.type_as(x), fp8)
         capped = capped_loss_by_triton if half else capped_loss_by_torch
         gradient = capped_gradient_by_triton if half else capped_gradient_by_torch
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -580,7 +606,7 @@ class CappedLoss(torch.autograd.Function):
             ctx.save_for_backward(dx, dW, db)
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
-            z = torch.addmm(b, x[part], W.mT)
+            z = logits.of(part)
             losses, log_sums = capped(z, targets[part])
             loss += losses.sum()
             if learns:
@@ -595,9 +621,11 @@ class CappedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None
+        return *(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None, None
 
 
-def capped_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+def capped_loss(
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, fp8: bool = False
+) -> Tensor:
     """() summed loss in nats of x (tokens, width) and targets (tokens); weight, bias: float32."""
-    return CappedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled())
+    return CappedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled(), fp8)
