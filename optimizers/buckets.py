@@ -34,11 +34,6 @@ class Bucket:
         """The type in which this bucket is stepped: float32 or better."""
         return wide(self.params[0])
 
-    @property
-    def tall(self) -> bool:
-        """Whether one axis is twice as long as the other, or more."""
-        return max(self.params[0].shape) >= 2 * min(self.params[0].shape)
-
     def places(self) -> dict[int, tuple[int, int]]:
         """Rank and slot of each parameter."""
         return {i: (r, s) for r, mine in enumerate(self.owned) for s, i in enumerate(mine)}

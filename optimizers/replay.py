@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .gather import Sources, readable
-from .lanes import Lane
 
 
 class Numbers:
@@ -44,11 +43,12 @@ class Replay:
     `source` and `kind` are what Sources makes of the gradients, which may be anywhere. All tensors
     among the other arguments must keep their addresses from call to call, and hold the next
     values; where they do not, or another argument changed, that call runs and is recorded again.
-    All calls are made on the lane's stream.
     """
 
-    def __init__(self, maths: Callable, lane: Lane) -> None:
-        self.maths, self.lane, self.sources = maths, lane, Sources()
+    pool: tuple[int, int] | None = None  # one for all graphs: they never run side by side
+
+    def __init__(self, maths: Callable) -> None:
+        self.maths, self.sources = maths, Sources()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.known: list | None = None  # of the arguments that it was recorded with
 
@@ -63,7 +63,7 @@ class Replay:
         inputs = weights, source, state, group, kind
         self.maths(*inputs)  # compiles, and does the step
         self.graph, graph = None, torch.cuda.CUDAGraph()
-        how = dict(pool=self.lane.pool, stream=self.lane.stream, capture_error_mode="thread_local")
-        with torch.cuda.graph(graph, **how):
+        Replay.pool = Replay.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self.maths(*inputs)  # is recorded, and does nothing
         self.graph, self.known = graph, known

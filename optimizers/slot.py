@@ -13,8 +13,7 @@ One step, three loops:
 
 The parameters of a bucket are views of one buffer, each rank's side by side: what is updated and
 gathered is in place. A parameter that was moved elsewhere (p.data = ...) is brought back. Compiled
-on a GPU, each part is replayed as a CUDA graph (replay.py), tall buckets and the others on streams
-of their own: state stays in place, too.
+on a GPU, each part is replayed as a CUDA graph (replay.py): state stays in place, too.
 
 Momentum lives on the owner only (ZeRO-1). Without a process group the same code runs without
 collectives. Inputs and Work handles of asynchronous collectives are held until waited for.
@@ -32,16 +31,14 @@ from .buckets import Bucket, even_parts, owners_by_cost
 from .checks import check_names, check_values
 from .collectives import all_gather, grouped
 from .gather import gather
-from .lanes import Lane, lane_of, on, side_by_side
 from .reducer import Reducer
 from .replay import Replay
 
 # What a parameter group may carry besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
-# Of fp32 gradients stacked and stepped at a time; half of it where matrices are not tall, as those
-# take four to five copies in half precision. Chosen by counting for an H100, measured afterwards
-# (records/bench): 6 of 3072 x 768 have 126 tiles for its 132 processors, and 12 of 768 x 768 have
-# 252 for 264 places (issue 4).
+# Of fp32 gradients stacked and stepped at a time: half of the largest bucket of the 124M model, so
+# that a step needs little beyond it and batched products still fill the device (issue 4). Tall and
+# square parts side by side, on two streams, gained nothing on an H100: kernels slowed each other.
 PART_BYTES = 60 * 2**20
 
 
@@ -132,17 +129,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._check_gradients()
         if self._reduces:
             self._reducer.launch_rest()
-        for bucket in self._buckets:  # on the current stream, where they are used between steps
+        gathers = []
+        for bucket in self._buckets:
             bucket.hold_weights()
-            bucket.state = bucket.state or self._new_state(bucket)
-        gathers, order = [], sorted(self._buckets, key=lambda b: b.tall)  # the same on all ranks
-        with side_by_side(map(self._lane, order)):
-            for bucket in order:
-                with on(self._lane(bucket)):
-                    self._advance(bucket)
-                    if self.world_size > 1:
-                        mine = bucket.weights[self.rank]
-                        gathers.append((all_gather(bucket.weights, mine), mine))
+            self._advance(bucket)
+            if self.world_size > 1:
+                mine = bucket.weights[self.rank]
+                gathers.append((all_gather(bucket.weights, mine), mine))
         for work, _held in gathers:
             work.wait()
         self._reducer.clear()
@@ -181,6 +174,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _advance(self, bucket: Bucket) -> None:
         """Steps the matrices that this rank owns, in parts, last layers first: so they arrive."""
+        bucket.state = bucket.state or self._new_state(bucket)
         hyperparameters = self._hyperparameters(bucket)
         for part in self._parts(bucket)[::-1]:
             self._advance_part(bucket, slice(*part), hyperparameters)
@@ -190,15 +184,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _parts(self, bucket: Bucket) -> list[tuple[int, int]]:
         each = bucket.params[0].numel() * bucket.wide.itemsize
-        limit = PART_BYTES if bucket.tall else PART_BYTES // 2
-        return even_parts(len(bucket.owned[self.rank]), each, limit)
+        return even_parts(len(bucket.owned[self.rank]), each, PART_BYTES)
 
     def _advance_part(self, bucket: Bucket, part: slice, hyperparameters: dict) -> None:
         """Steps some of the owned matrices; what it stacks makes room for the next."""
         state = {key: value[part] for key, value in bucket.state.items()}
         given, grads, maths = dict(state), self._gradients(bucket, part), self._maths
-        if lane := self._lane(bucket):
-            maths = bucket.replays.setdefault(part.start, Replay(maths, lane))
+        if self._graphs(bucket):
+            maths = bucket.replays.setdefault(part.start, Replay(maths))
         else:
             grads = (grads if self._reduces else torch.stack(grads)).to(bucket.wide)
         inputs = bucket.weights[self.rank, part], grads, state, hyperparameters
@@ -213,10 +206,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _graphs(self, bucket: Bucket) -> bool:
         """Whether its steps are replayed as CUDA graphs: then what they change stays in place."""
         return self.compiled and bucket.params[0].is_cuda
-
-    def _lane(self, bucket: Bucket) -> Lane | None:
-        """Where its graphs run."""
-        return lane_of(bucket.params[0].device, bucket.tall) if self._graphs(bucket) else None
 
     def _gradients(self, bucket: Bucket, part: slice) -> Tensor | list[Tensor]:
         """Of a part of the owned matrices, k of (m, n): one tensor where they were summed here."""

@@ -11,7 +11,7 @@ CEILINGS = {
     "kernels/__init__.py": 640,
     "optimizers/__init__.py": 25,
     "optimizers/polar.py": 105,
-    "optimizers/slot.py": 358,
+    "optimizers/slot.py": 350,
     "optimizers/diagnostics.py": 155,
     "records/log.py": 175,
     "records/run.py": 120,

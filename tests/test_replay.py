@@ -1,7 +1,7 @@
-"""optimizers/replay.py, lanes.py and gather.py on the CPU, with stand-ins for CUDA's graphs.
+"""optimizers/replay.py and gather.py on the CPU, with a stand-in for CUDA's graphs.
 
-A graph calls what was recorded, streams do all at once and write down who waits for whom, and
-gradients are copied: the kernel that reads them where they are is in tests/test_gather.py.
+A graph calls what was recorded, and gradients are copied: the kernel that reads them where they
+are is in tests/test_gather.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,7 @@ from torch import Tensor
 
 import optimizers.slot as slot
 from optimizers import OPTIMIZERS, Muon
-from optimizers.collectives import Piece
 from optimizers.gather import Sources, readable
-from optimizers.lanes import Lane, lane_of, side_by_side
 from optimizers.replay import Numbers, Replay
 from optimizers.slot import MatrixOptimizer
 
@@ -43,33 +41,12 @@ class Graph:
         self.call()
 
 
-class Stream:
-    """In place of CUDA's: all is done at once; who waited for whom is written down."""
-
-    now: "Stream"
-    events: list[tuple] = []
-
-    def __init__(self, device: torch.device, name: str = "") -> None:
-        self.device, self.name = device, name
-
-    def wait_stream(self, other: "Stream") -> None:
-        Stream.events.append((self, "waits for", other))
-
-
-@contextmanager
-def on_stream(stream: Stream) -> Iterator[None]:
-    before, Stream.now = Stream.now, stream
-    yield
-    Stream.now = before
-
-
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs and streams of the CPU: torch.cuda's names lead to them, and the slot believes it."""
+    """Graphs of the CPU: torch.cuda's names lead to them, and the slot believes it."""
     real, Graph.recorded, Graph.replays = Replay.__init__, [], 0
-    Stream.now, Stream.events = Stream(CPU, "current"), []
     recording: list[Graph] = []
 
-    def init(self: Replay, maths: Callable, lane: Lane) -> None:
+    def init(self: Replay, maths: Callable) -> None:
         def watched(*inputs: object) -> None:
             if not recording:
                 maths(*inputs)
@@ -77,47 +54,22 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
             weights, source, state, group, kind = inputs
             recording[-1].call = lambda: maths(weights, source, dict(state), dict(group), kind)
 
-        real(self, watched, lane)
+        real(self, watched)
 
     @contextmanager
-    def graph(of: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local"
-        assert any((pool, stream) == (lane.pool, lane.stream) for lane in lanes.values())
-        assert stream is Stream.now, "the step before it was on another stream"
+    def graph(of: Graph, pool: object, capture_error_mode: str) -> Iterator[None]:
+        assert pool is not None and pool is Replay.pool and capture_error_mode == "thread_local"
         recording.append(of)
         yield
         Graph.recorded.append(recording.pop())
 
-    lanes: dict[tuple, Lane] = {}
-
-    def lane(*key: object) -> Lane:
-        if key not in lanes:
-            lanes[key] = Lane(*key[:1])
-            lanes[key].stream.name = "tall" if key[1] else "side"
-        return lanes[key]
-
     monkeypatch.setattr(Replay, "__init__", init)
-    monkeypatch.setattr(slot, "lane_of", lane)
+    monkeypatch.setattr(Replay, "pool", None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", on_stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.now)
     monkeypatch.setattr(MatrixOptimizer, "_graphs", lambda self, bucket: self.compiled)
     monkeypatch.setattr(torch, "compile", lambda f, **how: f)
-
-
-def replay_of(maths: Callable) -> Callable[..., None]:
-    """As the slot calls a Replay: on the stream of its lane."""
-    lane = slot.lane_of(CPU, True)
-    replay = Replay(maths, lane)
-
-    def call(*inputs: object, **named: object) -> None:
-        with on_stream(lane.stream):
-            replay(*inputs, **named)
-
-    return call
 
 
 @pytest.fixture
@@ -197,7 +149,7 @@ def descend(weights: Tensor, grads: Tensor, state: dict, group: dict, kind: None
 def test_a_step_is_recorded_once_and_then_replayed_with_new_values(graphs: type[Graph]) -> None:
     """Gradients are elsewhere in each step."""
     weights, state, kept = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), []
-    replay, lr, expected = replay_of(descend), torch.tensor(0.0), torch.zeros(2, 3, 4)
+    replay, lr, expected = Replay(descend), torch.tensor(0.0), torch.zeros(2, 3, 4)
     for step in range(5):
         grads = [tensor(3, 4, seed=10 * step + i) for i in range(2)]
         kept.append(grads)
@@ -214,7 +166,7 @@ def test_what_moved_or_changed_is_recorded_anew(graphs: type[Graph]) -> None:
     inputs = dict(weights=torch.zeros(1, 3, 4), grads=torch.ones(1, 3, 4),
                   state={"sum": torch.zeros(1, 3, 4)},
                   group={"lr": torch.tensor(0.5), "times": 1})  # fmt: skip
-    replay = replay_of(descend)
+    replay = Replay(descend)
     replay(**inputs)
     changes = [
         dict(weights=torch.zeros(1, 3, 4)),
@@ -238,7 +190,7 @@ def test_gradients_of_another_type_are_recorded_anew(
     """At the same addresses: a recorded kernel would read them as what they were before."""
     table, seen = torch.zeros(1, dtype=torch.int64), []
     monkeypatch.setattr(Sources, "of", lambda self, grads, weights: (table, grads[0].dtype))
-    replay, weights = replay_of(lambda *inputs: seen.append(inputs[-1])), torch.zeros(1, 3, 4)
+    replay, weights = Replay(lambda *inputs: seen.append(inputs[-1])), torch.zeros(1, 3, 4)
     types = [torch.float32] * 2 + [torch.bfloat16] * 2
     for dtype in types:
         replay(weights, [tensor(3, 4).to(dtype)], {}, {})
@@ -250,7 +202,7 @@ def test_a_recording_that_failed_is_not_replayed(
 ) -> None:
     """As when the memory is full: an empty graph would skip the steps from then on."""
     inputs = torch.zeros(1, 3, 4), torch.ones(1, 3, 4), {"sum": torch.zeros(1, 3, 4)}, {"lr": 1.0}
-    replay, works = replay_of(descend), torch.cuda.graph
+    replay, works = Replay(descend), torch.cuda.graph
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("simulated")
@@ -307,14 +259,14 @@ def addresses(opt: MatrixOptimizer) -> list[int]:
 def test_replayed_steps_are_the_steps_without_graphs(
     name: str, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slot, "PART_BYTES", 2 * 48 * 4)  # of squares half: 36 x 4 bytes are one
+    monkeypatch.setattr(slot, "PART_BYTES", 2 * 48 * 4)
     plain = steps(built(name, compile=False), 0, 4)
     assert not graphs.recorded
     opt = built(name, compile=True)
     assert agree(steps(opt, 0, 4), plain)
-    assert (len(graphs.recorded), graphs.replays) == (7, 21), "one for each part"
+    assert (len(graphs.recorded), graphs.replays) == (6, 18), "one for each part"
     assert {b.params[0].shape: len(b.replays) for b in opt._buckets} == {
-        (12, 4): 3, (4, 12): 2, (6, 6): 2
+        (12, 4): 3, (4, 12): 2, (6, 6): 1
     }  # fmt: skip
 
 
@@ -377,91 +329,13 @@ def test_without_graphs_nothing_is_copied_to_a_fixed_place() -> None:
     assert not any(b.replays for b in opt._buckets)
 
 
-# ---- two streams -------------------------------------------------------------------------------
-
-
-def test_lanes_start_after_the_current_stream_which_waits_for_them(graphs: type[Graph]) -> None:
-    """In between all is launched on the lanes, squares first: gradients are read there, too."""
-    opt = built("muon", compile=True)
-    real = Sources.of, opt._new_state
-
-    def of(self: Sources, grads: list[Tensor], weights: Tensor) -> tuple:
-        Stream.events.append((Stream.now, "reads", tuple(weights.shape[1:])))
-        return real[0](self, grads, weights)
-
-    def new_state(bucket: object) -> dict:
-        Stream.events.append((Stream.now, "makes", "state"))
-        return real[1](bucket)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sources, "of", of)
-        patch.setattr(opt, "_new_state", new_state)
-        for step in range(2):
-            Stream.events = []
-            steps(opt, step, step + 1)
-            who = [(a.name, verb, getattr(b, "name", b)) for a, verb, b in Stream.events]
-            made = [("current", "makes", "state")] * 3 * (step == 0)
-            assert who == made + [
-                ("side", "waits for", "current"), ("tall", "waits for", "current"),
-                ("side", "reads", (6, 6)), ("tall", "reads", (12, 4)), ("tall", "reads", (4, 12)),
-                ("current", "waits for", "side"), ("current", "waits for", "tall"),
-            ]  # fmt: skip
-    assert Stream.now.name == "current" and len(graphs.recorded) == 3
-
-
-def test_the_current_stream_waits_for_the_lanes_of_a_step_that_failed(
-    graphs: type[Graph],
-) -> None:
-    lane = slot.lane_of(CPU, False)
-    with pytest.raises(RuntimeError, match="simulated"):
-        with side_by_side([lane, None, lane]):
-            raise RuntimeError("simulated")
-    here = Stream.now
-    assert Stream.events == [(lane.stream, "waits for", here), (here, "waits for", lane.stream)]
-
-
-def test_a_lane_has_a_stream_and_a_pool_for_all_optimizers(graphs: type[Graph]) -> None:
-    """Graphs that share memory never run at the same time: those of one lane share a stream."""
-    lane_of.cache_clear()
-    side, tall = (lane_of(CPU, flag) for flag in (False, True))
-    assert side.stream is not tall.stream and side.pool is not tall.pool
-    assert lane_of(CPU, True) is tall
-    lane_of.cache_clear()  # of this test's streams
-
-
-def test_without_graphs_there_are_no_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a stream on the CPU")
-
-    monkeypatch.setattr(torch.cuda, "Stream", refuse)
-    monkeypatch.setattr(torch.cuda, "current_stream", refuse)
-    steps(built("muon"), 0, 1)
-
-
 # ---- several ranks -----------------------------------------------------------------------------
 
 
 def summed(rank: int, size: int) -> dict:
-    """Three steps of two ranks with graphs and without, and how many were recorded and replayed.
-
-    Also on which stream weights were gathered, by shape, and their gradients waited for.
-    """
-    real, on, waited = slot.all_gather, [], set()
-
-    def all_gather(weights: Tensor, mine: Tensor) -> object:
-        on.append((Stream.now.name, tuple(mine.shape[1:])))
-        return real(weights, mine)
-
-    def wait(piece: Piece) -> None:
-        if piece.flight:
-            waited.add((Stream.now.name, tuple(piece.params[0].shape)))
-        wait_really(piece)
-
-    wait_really = Piece.wait
+    """Three steps of two ranks with graphs and without, and how many were recorded and replayed."""
     with pytest.MonkeyPatch.context() as patch:
         fake(patch)
-        patch.setattr(slot, "all_gather", all_gather)
-        patch.setattr(Piece, "wait", wait)
         torch.distributed.init_process_group("gloo")
         plain = steps(built("muon", compile=False), 0, 3, rank)
         opt = built("muon", compile=True)
@@ -469,20 +343,17 @@ def summed(rank: int, size: int) -> dict:
         count = len(Graph.recorded)
         opt.reset()
         restart(opt)
-        on.clear(), waited.clear()
         found = steps(opt, 0, 3, rank)
         parts = sum(len(b.replays) for b in opt._buckets)
         again = len(Graph.recorded) - count
         return dict(agree=agree(found, plain), parts=parts, recorded=count, again=again,
-                    replays=Graph.replays, on=on, waited=waited)  # fmt: skip
+                    replays=Graph.replays)  # fmt: skip
 
 
 def test_sums_of_two_ranks_are_replayed_though_each_step_has_new_ones(tmp_path: Path) -> None:
     """They are received in a new tensor each step, and read as gradients are."""
     for found in on_ranks(2, summed, tmp_path, seconds=90):
         parts = found.pop("parts")
-        where = [("side", (6, 6)), ("tall", (12, 4)), ("tall", (4, 12))]
-        assert found.pop("on") == 3 * where and found.pop("waited") == set(where)
         assert found == dict(agree=True, recorded=parts, again=0, replays=3 * parts)
 
 

@@ -654,14 +654,12 @@ def test_parts_are_even_few_and_below_the_limit() -> None:
     with torch.device("meta"):
         opt = Muon([torch.nn.Parameter(torch.empty(*shape)) for shape in shapes])
     square, tall, twice = (opt._parts(bucket) for bucket in opt._buckets)
-    assert square == [(0, 12), (12, 24), (24, 36), (36, 48)], "30 MiB"
-    assert tall == [(0, 6), (6, 12)] and twice == [(0, 1)], "60 MiB"
-    assert [bucket.tall for bucket in opt._buckets] == [False, True, True]
+    assert square == [(0, 24), (24, 48)] and tall == [(0, 6), (6, 12)] and twice == [(0, 1)]
     assert even_parts(7, 10, 30) == [(0, 2), (2, 4), (4, 7)]
     assert even_parts(2, 10, 3) == [(0, 1), (1, 2)] and even_parts(0, 10, 3) == []
 
 
-@pytest.mark.parametrize("limit", [2, 500, 2000])
+@pytest.mark.parametrize("limit", [1, 500, 2000])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_stepping_in_parts_gives_what_stepping_at_once_gives(
     name: str, limit: int, monkeypatch: pytest.MonkeyPatch
@@ -735,7 +733,7 @@ def test_parts_of_one_size_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> Non
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, backend=count, **how))
-    monkeypatch.setattr(slot, "PART_BYTES", 2 * 2 * 5 * 5 * 4)  # squares have half of it
+    monkeypatch.setattr(slot, "PART_BYTES", 2 * 5 * 5 * 4)
     torch._dynamo.reset()
     params = [torch.nn.Parameter(tensor(5, 5, seed=i)) for i in range(7)]
     opt = Muon(params, compile=True, dtype=torch.float32)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from optimizers import OPTIMIZERS  # noqa: E402
-from optimizers.lanes import lane_of  # noqa: E402
+from optimizers.replay import Replay  # noqa: E402
 
 SHAPES = {  # name: group, shape, matrices, neuron axis
     "124M": [("attn", (768, 768), 48, None), ("fc", (3072, 768), 12, 0),
@@ -131,7 +131,7 @@ def reserved_by_graphs() -> dict[tuple, int]:
 
 def timing(opt: torch.optim.Optimizer, device: torch.device, repeats: int) -> dict[str, float]:
     """ms of a step, compile time, and memory beyond what is there before and after it."""
-    lane_of.cache_clear()  # its graphs get pools of their own, not those of the row before
+    Replay.pool = None  # its graphs get a pool of their own, not that of the row before
     others = reserved_by_graphs() if device.type == "cuda" else {}
     first = seconds_of(opt.step, device)
     started = time.perf_counter()
