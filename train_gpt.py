@@ -326,7 +326,8 @@ def build_model(config: Config, device: torch.device) -> GPT:
         model = GPT(config)
     model.to_empty(device=device)
     model.rotary = rotary_table(config, device)
-    model.fused, model.fp8 = config.compile and runs_blocks(model.embed.weight), config.fp8
+    model.fused = config.compile and runs_blocks(model.embed.weight, config.head_dim)
+    model.fp8 = config.fp8
     if config.compile and device.type == "cuda" and not model.fused:
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)

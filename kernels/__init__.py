@@ -248,9 +248,15 @@ def runs_triton(x: Tensor) -> bool:
     return triton is not None and half and x.is_cuda and torch.version.hip is None
 
 
-def runs_blocks(x: Tensor) -> bool:
-    """Whether `fused_trunk` is what is fastest for this tensor: on Hopper."""
-    return runs_triton(x) and torch.cuda.get_device_capability(x.device)[0] == 9
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def runs_blocks(embed: Tensor, head_dim: int) -> bool:
+    """Whether `fused_trunk` takes a model of these embeddings (tokens, width)."""
+    fits = embed.size(1) % 16 == 0 and head_dim == power_of_two(head_dim)
+    return fits and runs_triton(embed) and is_hopper(embed.device)
 
 
 def power_of_two(width: int) -> int:
@@ -494,7 +500,7 @@ class SquaredReluMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor) -> Tensor:
         W, V = weight.to(x.dtype), proj.to(x.dtype)
-        ctx.half = runs_blocks(x)
+        ctx.half = runs_triton(x) and is_hopper(x.device)
         post = (relu_square_by_triton if ctx.half else relu_square_by_torch)(x, W, b)
         ctx.save_for_backward(x, W, V, post)
         return post @ V.mT

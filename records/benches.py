@@ -73,23 +73,27 @@ def is_plain(entry: dict) -> bool:
                      "--preset", "--check-ranks"} and entry.get("caches") != "warm"
 
 
-def rows_of(entries: list[dict], columns: tuple, bench: str) -> str:
-    """A row for each entry, or for each of its rows, and the commands that made them."""
+def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False) -> str:
+    """A row for each entry, or for each of its rows, and the commands that made them.
+
+    brief: a word about them, for the README.
+    """
     if not entries:
         return f"not measured yet: run `python tools/bench_{bench}.py`\n"
     rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
     cells = [[look(row.get("name", row.get("optimizer", "-")))[0], gpus(row),
               *(number(row.get(key), form) for _, key, form in columns)] for row in rows]
-    commands = dict.fromkeys(f"`{entry.get('command', '-')}`" for entry in entries)
+    commands = ", ".join(dict.fromkeys(f"`{entry['command']}`" for entry in entries))
+    page = f"`tools/bench_{bench}.py`; [records/bench](records/bench/README.md) has all commands"
     table = markdown(["optimizer", "GPUs", *(title for title, _, _ in columns)], cells)
-    return f"{table}\nMade by {', '.join(commands)}.\n"
+    return f"{table}\nMade by {page if brief else commands}.\n"
 
 
 def bench_table(root: Path, bench: str) -> str:
     """README: the newest measurement of each kind at a preset's own settings."""
     keys, columns = BENCHES[bench]
-    return rows_of(newest(root / f"records/bench/{bench}.jsonl", keys, bench, is_plain), columns,
-                   bench)
+    entries = newest(root / f"records/bench/{bench}.jsonl", keys, bench, is_plain)
+    return rows_of(entries, columns, bench, brief=True)
 
 
 def full_table(root: Path, bench: str, kind: str) -> str:

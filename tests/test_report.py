@@ -151,7 +151,9 @@ def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
         "| Aurora | 1 x H200 | 12.30 | 0.0028 | - | - | 2.11.0 | 0123456 |",
         "| Muon | 1 x H200 | 9.87 | - | - | - | 2.11.0 | 0123456 |",
         "| Muon | 1 x cpu | 9.87 | - | - | - | 2.11.0 | 0123456 |",
-        "", "Made by `python tools/bench.py`."]
+        "", "Made by `tools/bench_optimizers.py`; [records/bench](records/bench/README.md) has all "
+        "commands."]
+    assert table(root, "slot", "records/bench/README.md")[-1] == "Made by `python tools/bench.py`."
     assert [row.split(" | ")[1:4] for row in table(root, "bench_trainer")[2:4]] == [
         ["1 x H200", "prose", "456,000"], ["8 x H200", "prose", "3,648,003"]]
 
