@@ -52,7 +52,7 @@ def balanced_polar(
         squares = U.to(c.dtype).square().sum(dim=-1, keepdim=True)
         c = c * (n / m / squares.clamp_min(1e-14)) ** beta
         c = torch.where(c < clamp, torch.where(c * clamp > 1, c, 1 / clamp), clamp) * alive
-        X = rows * (c * (NORM / unit / length(c).clamp_min(tiny)))
+        X = rows * (c / length(c).clamp_min(tiny) * (NORM / unit))  # 0 / tiny: a zero matrix
         U = factor(X.to(rows.dtype), NORM, method, dtype)
     return U
 

@@ -8,6 +8,7 @@ records anew.
 """
 
 from collections.abc import Callable, Iterable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Replay:
     """
 
     pool: tuple[int, int] | None = None  # one for all graphs: they never run side by side
+    alive: WeakSet = WeakSet()  # a pool without graphs takes no new ones
 
     def __init__(self, maths: Callable) -> None:
         self.maths, self.sources = maths, Sources()
@@ -63,7 +65,9 @@ class Replay:
         inputs = weights, source, state, group, kind
         self.maths(*inputs)  # compiles, and does the step
         self.graph, graph = None, torch.cuda.CUDAGraph()
-        Replay.pool = Replay.pool or torch.cuda.graph_pool_handle()
+        if Replay.pool is None or not Replay.alive:
+            Replay.pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self.maths(*inputs)  # is recorded, and does nothing
         self.graph, self.known = graph, known
+        Replay.alive.add(graph)

@@ -4,9 +4,11 @@ A graph calls what was recorded, and gradients are copied: the kernel that reads
 are is in tests/test_gather.py.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -65,6 +67,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Replay, "__init__", init)
     monkeypatch.setattr(Replay, "pool", None)
+    monkeypatch.setattr(Replay, "alive", WeakSet())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
@@ -362,3 +365,20 @@ def test_the_default_is_a_graph_only_where_it_is_compiled_for_a_gpu() -> None:
     for compiled in (False, True):
         opt = Muon([p], compile=compiled)
         assert not opt._graphs(opt._buckets[0])
+
+
+def test_when_all_graphs_are_gone_the_next_get_another_pool(monkeypatch) -> None:
+    """CUDA's allocator refuses a pool that its last graph has left: the second model of a process
+    failed to record its first step."""
+    fake(monkeypatch)
+    weights = torch.nn.Parameter(tensor(4, 4))
+    weights.grad = torch.ones(4, 4)
+    pools = []
+    for _ in range(2):
+        opt = Muon([weights], compile=True)
+        opt.step()
+        pools.append(Replay.pool)
+        del opt
+        Graph.recorded.clear()
+        gc.collect()
+    assert pools[0] is not pools[1]

@@ -120,6 +120,8 @@ def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Nam
     trainer.step(0, next(batches))
     step_s = seconds_per_step(trainer, batches, range(1, steps + 1))
     peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
+    if not torch.isfinite(trainer.step(steps, next(batches))):
+        raise SystemExit(f"bench_trainer.py: the loss is not finite after {steps} steps")
     if not (agree := trainer.ranks_agree()):
         raise SystemExit(f"bench_trainer.py: ranks hold different parameters after {steps} steps")
     kernels = {}
@@ -143,7 +145,7 @@ def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Nam
     )  # fmt: skip
     facts = {key: float(f"{value:.6g}") for key, value in facts.items()}
     sent = sum(trainer.matrix.traffic().values())
-    return facts | dict(bytes_per_rank=sent, steps=steps + 1, ranks_agree=agree) | kernels
+    return facts | dict(bytes_per_rank=sent, steps=steps + 2, ranks_agree=agree) | kernels
 
 
 Row = tuple[float, float, str]  # ms in a step, calls in a step, name
