@@ -70,6 +70,7 @@ if triton is not None:
 
 
 def tile_columns(tiles: int) -> int:
+    return TILE
     """Of a tile, for so many square ones in all.
 
     An H100 has 132 processors with room for two programs each. 6 matrices of 768 x 768 have 126
