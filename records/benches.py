@@ -14,14 +14,16 @@ from records.table import markdown, number
 ORIGIN = (("torch", "torch", ""), ("commit", "commit", ".7"))
 OLDER = {"caches": "-"}  # what the first lines lack
 KERNELS = 80  # characters of a kernel's name
-BENCHES = {  # what tells measurements apart, then a column per (title, key, format)
+BENCHES = {  # of the README: what tells measurements apart, then a column per (title, key, format)
     "optimizers": (("device",), (
         ("ms per step", "ms", ".2f"), ("rms of sigma - 1", "rms_sigma", ".2g"),
-        ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"), *ORIGIN)),
+        ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"),
+        ORIGIN[1])),
     "trainer": (("bench", "device", "gpus", "preset", "optimizer"), (
         ("preset", "preset", ""), ("tokens/s", "tokens_per_s", ",.0f"),
         ("ms per step", "step_ms", ".2f"), ("of these optimizer", "optimizer_ms", ".2f"),
-        ("peak GiB", "peak_gib", ".1f"), ("start (s)", "start_s", ".1f"), *ORIGIN)),
+        ("peak GiB", "peak_gib", ".1f"), ("start (s)", "start_s", ".1f"), ("caches", "caches", ""),
+        ORIGIN[1])),
 }
 FULL = {
     "slot": (("device", "command"), (
@@ -67,10 +69,10 @@ def newest(
 
 
 def is_plain(entry: dict) -> bool:
-    """Measured at the preset's own settings, the optimizer apart, and not started warm."""
+    """Measured at the preset's own settings, the optimizer apart."""
     flags = {word for word in entry["command"].split() if word.startswith("--")}
     return flags <= {"--standalone", "--nproc_per_node=" + str(entry.get("gpus", 1)), "--optimizer",
-                     "--preset", "--check-ranks"} and entry.get("caches") != "warm"
+                     "--preset", "--check-ranks"}
 
 
 def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False) -> str:
