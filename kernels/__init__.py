@@ -298,7 +298,7 @@ def add_norm_gradient_by_triton(
     add_norm_gradient_kernel[(PROGRAMS,)](
         dh, dn.contiguous(), h, gain, scales, dx, sums, tokens,
         turns=triton.cdiv(tokens, PROGRAMS * rows), width=width, PASSED=dh is not None, ROWS=rows,
-        BLOCK=power_of_two(width), num_warps=max(1, width // 1024),
+        BLOCK=power_of_two(width), num_warps=max(1, power_of_two(width) // 1024),
     )  # fmt: skip
     return dx, *sums.sum(dim=0)
 
