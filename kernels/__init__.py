@@ -200,9 +200,9 @@ if triton is not None:
             C.store([row, column + HALF], right.to(C.dtype))
             columns = column + tl.arange(0, COLUMNS // 2)
             at = sums + i * n + columns
-            inside = row < m  # the last turn may have more programs than tiles
-            tl.store(at, tl.sum(left, axis=0), mask=inside & (columns < n))
-            tl.store(at + HALF, tl.sum(right, axis=0), mask=inside & (columns + HALF < n))
+            limit = tl.where(row < m, n, 0)  # the last turn may have more programs than tiles
+            tl.store(at, tl.sum(left, axis=0), mask=columns < limit)
+            tl.store(at + HALF, tl.sum(right, axis=0), mask=columns + HALF < limit)
 
     @triton.jit
     def capped_loss_kernel(
@@ -231,7 +231,7 @@ if triton is not None:
         inside, total = columns < n, tl.zeros((BLOCK,), tl.float32)
         for each in range(PART):
             row = (part * PART + each).to(tl.int64)
-            at, here = Z + row * n + columns, inside & (row < rows)
+            at, here = Z + row * n + columns, columns < tl.where(row < rows, n, 0)
             z = tl.load(at, mask=here, other=0.0).to(tl.float32)
             s = tl.rsqrt(z * z * bend + 1.0)
             p = tl.exp(z * s - tl.load(log_sums + row, mask=row < rows, other=0.0))
