@@ -1,7 +1,7 @@
 """The model's own kernels, each with the PyTorch that computes the same where it cannot run.
 
-What a block of train_gpt.py computes in plain PyTorch costs, beside its matrix products, a hundred
-passes over memory. These kernels leave the products to cuBLAS, attention to cuDNN, and make of the
+What a block of train_gpt.py computes in plain PyTorch passes many times over memory, beside its
+matrix products. These kernels leave the products to cuBLAS, attention to cuDNN, and make of the
 rest one pass each. No torch.compile: nothing to wait for but a few seconds of Triton.
 
 add_norm     h = x + y + b,  n = gain h / rms(h); backwards one pass that also sums the gradients

@@ -13,6 +13,8 @@ from records.table import markdown, number
 
 ORIGIN = (("torch", "torch", ""), ("commit", "commit", ".7"))
 OLDER = {"caches": "-"}  # what the first lines lack
+HOW = {"growth": "python tools/bench_trainer.py --expansions 4 8 16 --widths 768 1024 1536",
+       "ranks": "torchrun --standalone --nproc_per_node=2 tools/bench_trainer.py --check-ranks"}
 KERNELS = 80  # characters of a kernel's name
 BENCHES = {  # of the README: what tells measurements apart, then a column per (title, key, format)
     "optimizers": (("device",), (
@@ -72,7 +74,7 @@ def is_plain(entry: dict) -> bool:
     """Measured at the preset's own settings, the optimizer apart."""
     flags = {word for word in entry["command"].split() if word.startswith("--")}
     return flags <= {"--standalone", "--nproc_per_node=" + str(entry.get("gpus", 1)), "--optimizer",
-                     "--preset", "--check-ranks"}
+                     "--preset", "--check-ranks", "--bench-steps"}
 
 
 def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False) -> str:
@@ -81,7 +83,7 @@ def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False
     brief: a word about them, for the README.
     """
     if not entries:
-        return f"not measured yet: run `python tools/bench_{bench}.py`\n"
+        return f"not measured yet: run `{HOW.get(bench, f'python tools/bench_{bench}.py')}`\n"
     rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
     cells = [[look(row.get("name", row.get("optimizer", "-")))[0], gpus(row),
               *(number(row.get(key), form) for _, key, form in columns)] for row in rows]
@@ -103,7 +105,7 @@ def full_table(root: Path, bench: str, kind: str) -> str:
     keys, columns = FULL[kind]
     name = "growth" if kind == "growth" else bench  # trainer.jsonl has both
     entries = newest(root / f"records/bench/{bench}.jsonl", keys, name)
-    return rows_of(entries, columns, bench)
+    return rows_of(entries, columns, name)
 
 
 def ranks_table(root: Path) -> str:
@@ -121,7 +123,7 @@ def ranks_table(root: Path) -> str:
         linear = entry["tokens_per_s"] / (count * one)
         sent, least = entry["bytes_per_rank"] / 1e6, 2 * (count - 1) / count * MATRIX_BYTES / 1e6
         rows.append(entry | dict(of_linear=linear, megabytes=sent, predicted=least))
-    return rows_of(rows, RANKS, "trainer")
+    return rows_of(rows, RANKS, "ranks")
 
 
 def kernels_table(root: Path) -> str:

@@ -218,8 +218,8 @@ def test_without_gradients_the_head_makes_none(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_logits_of_8_bits_change_the_loss_a_little_and_the_gradients_by_their_rounding() -> None:
-    """e4m3 has 3 bits behind the first: an error of up to 1/16 of each number, 2% of a product's
-    length here. The loss moves by less than 1%, gradients by less than 10%, and both do move."""
+    """e4m3 has 3 bits behind the first: an error of up to 1/16 of each number. The loss moves by
+    less than 1%, gradients by less than 10%, and both do move."""
     plain, targets = head(64, 300)
     losses, grads = {}, {}
     for fp8 in (False, True):

@@ -240,7 +240,9 @@ def parse() -> tuple[argparse.Namespace, train_gpt.Config]:
     args, rest = parser.parse_known_args()
     args.trace = args.trace or args.out.with_suffix(".trace.json.gz")
     args.given = ["--check-ranks"] if args.check_ranks else []
-    args.given += ["--profile", str(args.profile)] if args.profile else []
+    for name in ("profile", "bench_steps"):
+        if (value := getattr(args, name)) != parser.get_default(name):
+            args.given += ["--" + name.replace("_", "-"), str(value)]
     for name in ("expansions", "widths"):
         sizes = getattr(args, name)
         args.given += [f"--{name}", *map(str, sizes)] if sizes else []
