@@ -687,9 +687,8 @@ class Trainer:
 
         Settles the rows of a microbatch: the most that fit the memory of every rank.
         """
-        initialise(self.model, seed=0)
         for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p.data.zero_())
         self.optimizer_step(0)  # first, so that its state is in memory when rows are tried
         self.matrix.before_forward()
         self.rows = self.rows_that_fit()
@@ -704,7 +703,7 @@ class Trainer:
         """The most rows, of divisors of a rank's rows, whose gradient fits the memory."""
         config, fits = self.config, torch.zeros((), device=self.world.device)
         per_rank = config.batch_tokens // self.world.size // config.row_tokens
-        most = 64 if self.world.device.type == "cuda" else 8
+        most = 128 if self.world.device.type == "cuda" else 8
         divisors = [rows for rows in range(most, 0, -1) if per_rank % rows == 0]
         for rows in [config.rows] if config.rows else divisors:
             tokens = self.val[:1].expand(2 * rows * config.row_tokens + 1)

@@ -39,7 +39,8 @@ TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
 # Of fp32 gradients stacked and stepped at a time: half of the largest bucket of the 124M model, so
 # that a step needs little beyond it and batched products still fill the device (issue 4). Tall and
 # square parts side by side, on two streams, gained nothing on an H100: kernels slowed each other.
-PART_BYTES = 60 * 2**20
+# Of larger models an eighth of the largest bucket: each part is recorded, which takes time.
+PART_BYTES, PARTS = 60 * 2**20, 8
 
 
 def nesterov(grad: Tensor, state: dict, momentum: float | Tensor) -> Tensor:
@@ -184,7 +185,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _parts(self, bucket: Bucket) -> list[tuple[int, int]]:
         each = bucket.params[0].numel() * bucket.wide.itemsize
-        return even_parts(len(bucket.owned[self.rank]), each, PART_BYTES)
+        largest = max(b.params[0].numel() * b.wide.itemsize * len(b.params) for b in self._buckets)
+        limit = max(PART_BYTES, largest // (PARTS * self.world_size))
+        return even_parts(len(bucket.owned[self.rank]), each, limit)
 
     def _advance_part(self, bucket: Bucket, part: slice, hyperparameters: dict) -> None:
         """Steps some of the owned matrices; what it stacks makes room for the next."""

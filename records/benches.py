@@ -19,13 +19,11 @@ KERNELS = 80  # characters of a kernel's name
 BENCHES = {  # of the README: what tells measurements apart, then a column per (title, key, format)
     "optimizers": (("device",), (
         ("ms per step", "ms", ".2f"), ("rms of sigma - 1", "rms_sigma", ".2g"),
-        ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"),
-        ORIGIN[1])),
+        ("CV of squared row norms", "row_sq_cv", ".2g"), ("peak MiB", "peak_mib", ".0f"))),
     "trainer": (("bench", "device", "gpus", "preset", "optimizer"), (
-        ("preset", "preset", ""), ("tokens/s", "tokens_per_s", ",.0f"),
+        ("rows", "microbatch_rows", ".0f"), ("tokens/s", "tokens_per_s", ",.0f"),
         ("ms per step", "step_ms", ".2f"), ("of these optimizer", "optimizer_ms", ".2f"),
-        ("peak GiB", "peak_gib", ".1f"), ("start (s)", "start_s", ".1f"), ("caches", "caches", ""),
-        ORIGIN[1])),
+        ("peak GiB", "peak_gib", ".1f"))),
 }
 FULL = {
     "slot": (("device", "command"), (
@@ -74,7 +72,7 @@ def is_plain(entry: dict) -> bool:
     """Measured at the preset's own settings, the optimizer apart."""
     flags = {word for word in entry["command"].split() if word.startswith("--")}
     return flags <= {"--standalone", "--nproc_per_node=" + str(entry.get("gpus", 1)), "--optimizer",
-                     "--preset", "--check-ranks", "--bench-steps"}
+                     "--preset", "--check-ranks", "--bench-steps", "--profile", "--momentum"}
 
 
 def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False) -> str:
@@ -88,7 +86,7 @@ def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False
     cells = [[look(row.get("name", row.get("optimizer", "-")))[0], gpus(row),
               *(number(row.get(key), form) for _, key, form in columns)] for row in rows]
     commands = ", ".join(dict.fromkeys(f"`{entry['command']}`" for entry in entries))
-    page = f"`tools/bench_{bench}.py`; [records/bench](records/bench/README.md) has all commands"
+    page = f"`tools/bench_{bench}.py` ([commands and commits](records/bench/README.md))"
     table = markdown(["optimizer", "GPUs", *(title for title, _, _ in columns)], cells)
     return f"{table}\nMade by {page if brief else commands}.\n"
 

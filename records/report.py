@@ -31,12 +31,15 @@ def prose_runs(root: Path, folder: str = "records/prose") -> list[Run]:
     return sorted(runs, key=lambda run: [run.meta[key] for key in keys])
 
 
-def prose_table(root: Path, folder: str = "records/prose", page: str = "") -> str:
-    """One row per log, crashed runs included; its link begins in the folder of the page."""
+def prose_table(root: Path, folder="records/prose", page="", timed=True) -> str:
+    """One row per log, crashed runs included; its link begins in the folder of the page. timed:
+    with the columns of time, which say nothing of runs that shared their GPUs."""
     header = ["optimizer", "GPUs", "seed", "loss at 250", "at 375", "at 500", "final (step)",
               "steps to target (interpolated)", "train time (s)", "ms per step", "tokens/s", "log"]
     command = f"python train_gpt.py --preset prose --log {folder}/NAME.txt"
     rows = [_prose_row(run, root / page) for run in prose_runs(root, folder)]
+    if not timed:
+        header, *rows = ([*row[:8], row[-1]] for row in (header, *rows))
     return markdown(header, rows) if rows else f"not measured yet: run `{command}`\n"
 
 
@@ -102,13 +105,13 @@ def prose_groups(root: Path) -> str:
 
 TABLES = {"prose": prose_table, **benches.TABLES}
 TABLES |= {"leaderboard": leaderboard, "prose_groups": prose_groups}
-TABLES |= {name: partial(prose_table, folder=f"records/prose/{name}", page="records/prose")
-           for name in ("family", "resumed")}
+TABLES |= {name: partial(prose_table, folder=f"records/prose/{name}", page="records/prose",
+                         timed=name != "gpus") for name in ("family", "gpus", "resumed")}
 PAGES = {"README.md": ("bench_optimizers", "bench_trainer", "prose"),
          "docs/optimizers.md": ("parity", "polar"),
          "records/bench/README.md": ("growth", "kernels", "ranks", "slot", "trainer"),
          "records/README.md": ("leaderboard", "prose_groups"),
-         "records/prose/README.md": ("family", "resumed")}
+         "records/prose/README.md": ("family", "gpus", "resumed")}
 
 
 def fill_tables(text: str, root: Path, page: str = "README.md") -> str:

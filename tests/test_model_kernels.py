@@ -94,10 +94,10 @@ HOPPER = """
 import kernels as K, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-def build(kernel, pointers, numbers, warps=4, **constants):
+def build(kernel, pointers, numbers, warps=4, stages=3, **constants):
     types = {name: kind for kind, names in pointers.items() for name in names.split()} | numbers
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
-    options = dict(num_warps=warps, num_stages=3)
+    options = dict(num_warps=warps, num_stages=stages)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 half, wide, i32 = "*bf16", "*fp32", dict(tokens="i32")
 head = dict(HEADS=6, HALF=64)
@@ -116,17 +116,20 @@ build(K.capped_loss_kernel, losses, dict(cap="fp32", bend="fp32"), n=50304, BLOC
 losses = {half: "Z", wide: "log_sums sums", "*i64": "targets"}
 sizes = dict(n=50304, PART=128, BLOCK=1024)
 build(K.capped_gradient_kernel, losses, dict(rows="i32", bend="fp32"), **sizes)
-rows, columns, depth = K.MLP_TILE
-sizes = dict(turns=47, n=3072, k=768, ROWS=rows, COLUMNS=columns, DEPTH=depth)
+sizes = dict(turns=47, n=3072, k=768)
 tile = "tensordesc<bf16[{}, {}]>".format
-for ptx in (
-    build(K.relu_square_kernel, {wide: "bias"},
-          dict(A=tile(rows, depth), B=tile(columns, depth), C=tile(rows, columns)), 8, **sizes),
-    build(K.relu_square_gradient_kernel, {wide: "sums"},
-          dict(A=tile(rows, depth), B=tile(depth, columns), C=tile(rows, columns // 2),
-               post=tile(rows, columns // 2), m="i32"), 8, **sizes),
-):
+def product(kernel, pointers, numbers, size, stages, B, **others):
+    rows, columns, depth = size
+    tiles = dict(A=tile(rows, depth), B=tile(*B)) | others
+    ptx = build(kernel, {wide: pointers}, tiles | numbers, 8, stages, **sizes, ROWS=rows,
+                COLUMNS=columns, DEPTH=depth)
     assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx
+rows, columns, depth = K.MLP_TILE
+product(K.relu_square_kernel, "bias", {}, K.MLP_TILE, 3, (columns, depth), C=tile(rows, columns))
+rows, columns, depth = K.MLP_GRADIENT_TILE
+half_tile = tile(rows, columns // 2)
+product(K.relu_square_gradient_kernel, "sums", dict(m="i32"), K.MLP_GRADIENT_TILE, 6,
+        (depth, columns), C=half_tile, post=half_tile)
 print("compiled")
 """
 

@@ -263,6 +263,7 @@ def test_replayed_steps_are_the_steps_without_graphs(
     name: str, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slot, "PART_BYTES", 2 * 48 * 4)
+    monkeypatch.setattr(slot, "PARTS", 100)
     plain = steps(built(name, compile=False), 0, 4)
     assert not graphs.recorded
     opt = built(name, compile=True)

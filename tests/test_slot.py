@@ -655,6 +655,9 @@ def test_parts_are_even_few_and_below_the_limit() -> None:
         opt = Muon([torch.nn.Parameter(torch.empty(*shape)) for shape in shapes])
     square, tall, twice = (opt._parts(bucket) for bucket in opt._buckets)
     assert square == [(0, 24), (24, 48)] and tall == [(0, 6), (6, 12)] and twice == [(0, 1)]
+    with torch.device("meta"):
+        opt = Muon([torch.nn.Parameter(torch.empty(2048, 2048)) for _ in range(96)])
+    assert [last - first for first, last in opt._parts(opt._buckets[0])] == [12] * 8
     assert even_parts(7, 10, 30) == [(0, 2), (2, 4), (4, 7)]
     assert even_parts(2, 10, 3) == [(0, 1), (1, 2)] and even_parts(0, 10, 3) == []
 
@@ -667,6 +670,7 @@ def test_stepping_in_parts_gives_what_stepping_at_once_gives(
     """AdamW bit for bit; products of stacks may round otherwise, 1e-5 of the values at most."""
     whole = stepped(name)
     monkeypatch.setattr(slot, "PART_BYTES", limit)
+    monkeypatch.setattr(slot, "PARTS", 100)
     for some, parts in zip(whole, stepped(name), strict=True):
         for a, b in zip(some, parts, strict=True):
             assert torch.equal(a, b) or name != "adamw" and (a - b).norm() < 1e-5 * a.norm()
@@ -697,6 +701,7 @@ def test_a_step_needs_memory_for_one_part(
     opt = OPTIMIZERS[name]([dict(params=some) for some in params], **precise)
     part = 256 * 64 * 4
     monkeypatch.setattr(slot, "PART_BYTES", part)
+    monkeypatch.setattr(slot, "PARTS", 100)
     for p in parameters(opt):
         p.grad = torch.randn_like(p)
     opt.step()
@@ -734,6 +739,7 @@ def test_parts_of_one_size_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, backend=count, **how))
     monkeypatch.setattr(slot, "PART_BYTES", 2 * 5 * 5 * 4)
+    monkeypatch.setattr(slot, "PARTS", 100)
     torch._dynamo.reset()
     params = [torch.nn.Parameter(tensor(5, 5, seed=i)) for i in range(7)]
     opt = Muon(params, compile=True, dtype=torch.float32)

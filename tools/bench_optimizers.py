@@ -196,6 +196,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     command = "python tools/bench_optimizers.py"
     command += f" --only {shlex.join(args.only)}" if args.only else ""
+    command += " --momentum FILE" if real else ""
     line = dict(
         bench="optimizers", shapes=args.shapes, torch=torch.__version__, commit=commit(),
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

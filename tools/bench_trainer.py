@@ -113,8 +113,8 @@ def exposed_seconds(trainer: train_gpt.Trainer, batches: Iterator[Tensor], steps
 def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Namespace) -> dict:
     trainer = train_gpt.Trainer(config, world, *train_gpt.check_data(config))
     trainer.warm_up()
-    start_s = time.perf_counter() - train_gpt.STARTED
     trainer.reset(config.seed)
+    start_s = time.perf_counter() - train_gpt.STARTED
     batches = train_gpt.train_batches(trainer.shards, config, world.rank, world.size)
     steps = max(args.bench_steps, 200 * args.check_ranks)
     trainer.step(0, next(batches))
