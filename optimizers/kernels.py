@@ -92,10 +92,10 @@ def symmetric_by_triton(
     A: Tensor, B: Tensor, D: Tensor | None, alpha: float | Tensor, beta: float | Tensor,
     gamma: float | Tensor,
 ) -> Tensor:  # fmt: skip
-    """Inductor keeps one descriptor of a tensor for each shape of blocks, and what reads by one made
-    before the tensor was written does not wait for the writing (torch 2.11). So no block that reads
-    has the shape of C's, unless what it reads is in A as well (D), and where there is no D its
-    place is taken by A, not by C.
+    """Inductor keeps one descriptor of a tensor for each shape of blocks; what reads by one made
+    before the tensor was written does not wait for the writing (torch 2.11). So no block that
+    reads has the shape of C's, unless A has what it reads as well (D), and where there is no D
+    its place is taken by A, not by C.
     """
     k, n, p = A.shape
     squares = (side := triton.cdiv(n, TILE)) * (side + 1) // 2
