@@ -289,8 +289,8 @@ def test_in_bfloat16_the_fused_gradients_are_no_further_from_float32_than_the_pl
     assert sum(errors[True].values()) < 1.1 * sum(errors[False].values())
 
 
-def test_8_bits_in_the_mlps_change_what_they_give_a_little_and_their_gradients_too() -> None:
-    """As in the head. The bound on x is that of its norm: a row of one large number stays finite."""
+def test_8_bits_in_the_mlps_change_what_they_give_a_little_and_so_the_gradients() -> None:
+    """As in the head. Bounded as its norm bounds it, a row of one large number stays finite."""
     width, gain = 64, random(64, seed=1).abs() + 0.5
     x = random(96, width)
     x[0] = torch.eye(width)[3]
