@@ -63,7 +63,7 @@ class Config:
     set: tuple = ()  # group.name=value, repeatable: changes one hyperparameter
     device: str = ""  # cuda, mps or cpu; default: the first that works
     compile: bool = True  # --no-compile: eager, as CPU and MPS always are
-    fp8: bool = False  # the head's logits by a product of 8-bit floats: faster, other losses
+    fp8: bool = False  # 8-bit floats into the head and, on Hopper, the MLPs: other losses
     wandb: bool = False  # log to Weights & Biases as well
     diagnostics: bool = False  # at validations, log what the last update did to MLP neurons
     checkpoint: str = ""  # file to write at validations; where it exists, the run goes on from it
@@ -300,11 +300,11 @@ class GPT(nn.Module):
         self.head = Linear(config.width, config.vocab_size)
 
     def trunk(self, tokens_BT: Tensor, plain: bool = False) -> Tensor:
-        """What the head takes; plain: by the modules above, without kernels or compiled code."""
+        """What the head takes; plain: by the modules above, which is the same but for rounding."""
         cos, sin = (table[: tokens_BT.size(1)] for table in self.rotary)
         x = self.embed(tokens_BT)
         if self.fused and not plain:
-            return fused_trunk(x, self.norm1, self.blocks, self.norm2, cos, sin)  # the same
+            return fused_trunk(x, self.norm1, self.blocks, self.norm2, cos, sin, self.fp8)
         x = self.norm1(x)
         for block in self.blocks:
             x = block.forward(x, cos, sin) if plain else block(x, cos, sin)

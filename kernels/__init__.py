@@ -16,7 +16,8 @@ capped_loss  the output head, its cross-entropy and all their gradients in the f
              PyTorch would keep z, f and softmax(f) of all tokens, in float32 200 kB each for a
              token of GPT-2. Here z of some thousand tokens at a time is written once in half
              precision, and dz takes its place; f is below 15, so no exponential overflows.
-             With --fp8 x and W are rounded to 8 bits for z alone (e4m3, one scale for each).
+             With --fp8 x and W are rounded to 8 bits for z alone (e4m3, one scale for each), and
+             so are those of relu_square, on Hopper.
 
 Kernels need half precision on an NVIDIA GPU, those of the blocks Hopper (TMA, what they are tuned
 for). Not here: the optimizers' (optimizers/).
@@ -160,10 +161,13 @@ if triton is not None:
 
     @triton.jit
     def relu_square_kernel(
-        A, B, C, bias, turns: tl.constexpr, n: tl.constexpr, k: tl.constexpr, ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+        A, B, C, bias, scale, turns: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
+        SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """Tiles of C (m, n) = relu(A B^T + bias)^2, one after the other on each processor."""
+        """Tiles of C (m, n) = relu(A B^T + bias)^2, one after the other on each processor.
+
+        A and B of 8 bits are SCALED: the pointer `scale` has what brings their product back.
+        """
         across = tl.cdiv(n, COLUMNS)
         for turn in tl.range(turns, flatten=True):
             tile = turn * tl.num_programs(0) + tl.program_id(0)
@@ -172,6 +176,8 @@ if triton is not None:
             for depth in range(0, k, DEPTH):
                 product = tl.dot(A.load([row, depth]), B.load([column, depth]).T, product)
             columns = column + tl.arange(0, COLUMNS)
+            if SCALED:
+                product *= tl.load(scale)
             product += tl.load(bias + columns, mask=columns < n, other=0.0)
             product = tl.where(product < 0, 0.0, product * product)  # as relu, keeps what is NaN
             C.store([row, column], product.to(C.dtype))
@@ -447,6 +453,15 @@ class QKV(torch.autograd.Function):
 ####################################################################################################
 
 
+def eight_bits(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x in e4m3, whose largest number is 448, and what brings it back; largest: bounds |x|."""
+    if largest is None:
+        largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
+    scale = largest.clamp_min(torch.finfo(torch.float32).tiny * 448) / 448
+    rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    return torch.mul(x, 1 / scale, out=rounded), scale
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -462,17 +477,27 @@ def turns_of(C: Tensor) -> int:
     return triton.cdiv(tiles, processors(C.device))
 
 
-def relu_square_by_triton(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    post, (rows, columns, depth) = x.new_empty(len(x), len(W)), MLP_TILE
+def relu_square_by_triton(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None, dtype=torch.bfloat16
+) -> Tensor:
+    """(tokens, n); x and W of 8 bits with the scale of their product, post then in `dtype`."""
+    rows, columns, depth = MLP_TILE
+    depth, dtype = (depth, x.dtype) if scale is None else (2 * depth, dtype)
+    post = x.new_empty(len(x), len(W), dtype=dtype)
     tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (post, [rows, columns]))
     relu_square_kernel[(processors(x.device),)](
-        *tiles, b, turns=turns_of(post), n=len(W), k=x.size(1), ROWS=rows, COLUMNS=columns,
-        DEPTH=depth, num_warps=8, num_stages=3,
+        *tiles, b, scale, turns=turns_of(post), n=len(W), k=x.size(1), SCALED=scale is not None,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=8, num_stages=3,
     )  # fmt: skip
     return post
 
 
-def relu_square_by_torch(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+def relu_square_by_torch(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None, dtype=torch.bfloat16
+) -> Tensor:
+    if scale is not None:  # emulated
+        x, W, b = x.float() * scale, W.float(), b.float()
+        return torch.addmm(b, x, W.mT).relu().square().to(dtype)
     return torch.addmm(b.type_as(x), x, W.mT).relu().square()
 
 
@@ -496,27 +521,38 @@ def relu_square_gradient_by_torch(dy: Tensor, V: Tensor, post: Tensor) -> tuple[
 
 
 class SquaredReluMLP(torch.autograd.Function):
-    """relu(x W^T + b)^2 V^T of x (tokens, width); W, b and V in float32."""
+    """relu(x W^T + b)^2 V^T of x (tokens, width); W, b and V in float32.
+
+    gain: of the norm that made x, where x and W are to be rounded to 8 bits for x W^T. Gradients
+    are those of the product that is not rounded.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor, gain: Tensor | None = None
+    ) -> Tensor:
         W, V = weight.to(x.dtype), proj.to(x.dtype)
         ctx.half = runs_triton(x) and is_hopper(x.device)
-        post = (relu_square_by_triton if ctx.half else relu_square_by_torch)(x, W, b)
+        inputs = x, W, b
+        if gain is not None:  # |x| <= |gain| sqrt(width), as |h| <= rms(h) sqrt(width)
+            x8, of_x = eight_bits(x, gain.abs().amax() * len(gain) ** 0.5)
+            W8, of_W = eight_bits(W)
+            inputs = x8, W8, b, of_x * of_W, x.dtype
+        post = (relu_square_by_triton if ctx.half else relu_square_by_torch)(*inputs)
         ctx.save_for_backward(x, W, V, post)
         return post @ V.mT
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, V, post = ctx.saved_tensors
         by = relu_square_gradient_by_triton if ctx.half else relu_square_gradient_by_torch
         dpre, db = by(dy, V, post)
-        return dpre @ W, weight_gradient(dpre, x), db, weight_gradient(dy, post)
+        return dpre @ W, weight_gradient(dpre, x), db, weight_gradient(dy, post), None
 
 
 def fused_trunk(
     x: Tensor, norm1: nn.Module, blocks: Sequence[nn.Module], norm2: nn.Module, cos: Tensor,
-    sin: Tensor,
+    sin: Tensor, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """x (rows, row_tokens, width) through train_gpt.py's blocks, and the norms around them."""
     shape, y, bias = x.shape, None, None
@@ -529,7 +565,8 @@ def fused_trunk(
         a = attn.attend(*(t.unflatten(0, shape[:2]) for t in qkv)).flatten(0, 1)
         y = Product.apply(a, attn.proj.weight)
         x, n = add_norm(x, y, attn.proj.bias, block.norm2.gain)
-        y = SquaredReluMLP.apply(n, mlp.fc.weight, mlp.fc.bias, mlp.proj.weight)
+        gain = block.norm2.gain.detach() if fp8 else None
+        y = SquaredReluMLP.apply(n, mlp.fc.weight, mlp.fc.bias, mlp.proj.weight, gain)
         bias = mlp.proj.bias
     return add_norm(x, y, bias, norm2.gain)[1].view(shape)
 
@@ -570,12 +607,6 @@ def capped_gradient_by_torch(z: Tensor, targets: Tensor, log_sums: Tensor) -> Te
     p.scatter_add_(1, targets[:, None], -torch.ones_like(log_sums)[:, None])
     z.copy_(dz := p * s**3)
     return dz.sum(dim=0)
-
-
-def eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x in e4m3, whose largest number is 448, and what brings it back."""
-    scale = x.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny * 448) / 448
-    return (x / scale).to(torch.float8_e4m3fn), scale
 
 
 class Logits:
