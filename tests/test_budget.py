@@ -7,8 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
-    "train_gpt.py": 900,
+    "train_gpt.py": 916,
     "kernels/__init__.py": 640,
+    "kernels/graphs.py": 100,
     "optimizers/__init__.py": 25,
     "optimizers/polar.py": 105,
     "optimizers/slot.py": 350,
