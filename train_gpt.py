@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import capped_loss, fused_trunk, runs_blocks
+from kernels import MicrobatchGraphs, capped_loss, fused_trunk, runs_blocks
 from optimizers import OPTIMIZERS, Diagnostics, activity
 
 ####################################################################################################
@@ -636,6 +636,7 @@ class Trainer:
         self.val = mine.to(torch.int32).to(world.device)
         count = len(list(self.model.parameters()))  # steps with a gradient that is not finite:
         self.bad_grads = torch.zeros(count, device=world.device)  # read at validations only
+        self.graphs: MicrobatchGraphs | None = None  # warm_up records them where they are worth it
 
     def microbatches(self, tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64."""
@@ -647,6 +648,8 @@ class Trainer:
     def forward_backward(self, tokens: Tensor, rows: int, whole_step: bool = False) -> Tensor:
         """Adds the gradient of the summed loss of the rank's tokens; returns that loss."""
         total, batches = torch.zeros((), device=tokens.device), [*self.microbatches(tokens, rows)]
+        if whole_step and self.graphs:  # no hook runs in a replay: step() launches all reductions
+            return self.graphs.gradients(batches)
         for batch in batches:
             loss = self.model(*batch)
             if whole_step and batch is batches[-1]:
@@ -696,26 +699,40 @@ class Trainer:
             if p.grad is None:
                 raise ValueError(f"the parameter {name} has no gradient: the loss must use it")
         self.model.zero_grad()
+        self.record()
         with self.matrix.readout(), torch.no_grad():
             self.model(*next(self.microbatches(self.val, self.rows)))
 
+    def fits(self, work: Callable[..., object], *args: object) -> bool:
+        """Whether the memory of every rank is enough for this; if not, no gradients are left."""
+        enough = torch.ones((), device=self.world.device)
+        try:
+            work(*args)
+        except torch.OutOfMemoryError:
+            enough.fill_(0)
+        if not (fits := bool(self.world.all_reduce(enough, "MIN").item())):
+            self.model.zero_grad()
+            torch.cuda.empty_cache()
+        return fits
+
+    def record(self) -> None:
+        """CUDA graphs of small microbatches: on all ranks or, where one lacks the memory, none."""
+        shape = self.rows, self.config.row_tokens
+        if self.config.compile and MicrobatchGraphs.worth(shape, self.world.device):
+            torch.cuda.reset_peak_memory_stats()  # what graphs keep counts as allocated only now
+            graphs = MicrobatchGraphs(self.model, shape)
+            self.graphs = graphs if self.fits(graphs.record) else None
+
     def rows_that_fit(self) -> int:
         """The most rows, of divisors of a rank's rows, whose gradient fits the memory."""
-        config, fits = self.config, torch.zeros((), device=self.world.device)
+        config = self.config
         per_rank = config.batch_tokens // self.world.size // config.row_tokens
         most = 128 if self.world.device.type == "cuda" else 8
         divisors = [rows for rows in range(most, 0, -1) if per_rank % rows == 0]
         for rows in [config.rows] if config.rows else divisors:
             tokens = self.val[:1].expand(2 * rows * config.row_tokens + 1)
-            try:
-                self.forward_backward(tokens, rows)
-                fits.fill_(1)
-            except torch.OutOfMemoryError:
-                fits.fill_(0)
-            if self.world.all_reduce(fits, "MIN").item():
+            if self.fits(self.forward_backward, tokens, rows):
                 return rows
-            self.model.zero_grad()
-            torch.cuda.empty_cache()
         raise ValueError(f"{config.rows or 1} rows do not fit the memory: use fewer, or more GPUs")
 
     def reset(self, seed: int) -> None:
@@ -724,7 +741,7 @@ class Trainer:
         self.adamw.state.clear()
         self.matrix.reset()
         self.bad_grads.zero_()
-        if self.world.device.type == "cuda":
+        if self.world.device.type == "cuda" and not self.graphs:  # see record
             torch.cuda.reset_peak_memory_stats()
 
     def step(self, step: int, tokens: Tensor) -> Tensor:
@@ -844,7 +861,7 @@ def run_trials(trainer: Trainer, saved: dict, source: str, start_s: float, argv:
         status = status if agree else "ranks hold different parameters"
         peak = torch.cuda.max_memory_allocated()  # 0 where there is no CUDA
         facts = dict(rows=trainer.rows, peak_gib=round(peak / 2**30, 3), start_s=start_s)
-        log.record("end", status=status, ranks_agree=agree, **facts)
+        log.record("end", status=status, ranks_agree=agree, graphs=bool(trainer.graphs), **facts)
         if config.sample_tokens and status == "complete":
             log.say(f"\nA sample of the model's text:\n{trainer.sample(b'def ')}\n", file=False)
         step, loss, seconds = trainer.points[-1]

@@ -29,6 +29,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .graphs import MicrobatchGraphs  # noqa: F401 (for train_gpt.py, which is one file in a log)
+
 try:
     import triton
     import triton.language as tl

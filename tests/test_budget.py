@@ -7,8 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
-    "train_gpt.py": 900,
-    "kernels/__init__.py": 669,
+    "train_gpt.py": 916,
+    "kernels/__init__.py": 672,
+    "kernels/graphs.py": 100,
     "optimizers/__init__.py": 25,
     "optimizers/kernels.py": 118,
     "optimizers/polar.py": 105,
