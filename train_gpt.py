@@ -637,6 +637,9 @@ class Trainer:
         count = len(list(self.model.parameters()))  # steps with a gradient that is not finite:
         self.bad_grads = torch.zeros(count, device=world.device)  # read at validations only
         self.graphs: MicrobatchGraphs | None = None  # warm_up records them where they are worth it
+        self.last_backward, self.head_sums = False, []  # works of all_reduces that have begun
+        if dist.is_initialized():
+            self.model.head.weight.register_post_accumulate_grad_hook(self.sum_head)
 
     def microbatches(self, tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64."""
@@ -645,6 +648,11 @@ class Trainer:
         rows = math.gcd(rows, len(inputs))  # equally many in all: one shape, one compilation
         yield from zip(inputs.split(rows), targets.split(rows), strict=True)
 
+    def sum_head(self, p: Tensor) -> None:
+        """Its gradient is complete first: the sum over ranks has the whole backward pass to end."""
+        if self.last_backward:
+            self.head_sums.append(dist.all_reduce(p.grad, async_op=True))
+
     def forward_backward(self, tokens: Tensor, rows: int, whole_step: bool = False) -> Tensor:
         """Adds the gradient of the summed loss of the rank's tokens; returns that loss."""
         total, batches = torch.zeros((), device=tokens.device), [*self.microbatches(tokens, rows)]
@@ -652,7 +660,8 @@ class Trainer:
             return self.graphs.gradients(batches)
         for batch in batches:
             loss = self.model(*batch)
-            if whole_step and batch is batches[-1]:
+            self.last_backward = whole_step and batch is batches[-1]
+            if self.last_backward:
                 self.matrix.before_last_backward()
             loss.backward()
             total += loss.detach()
@@ -663,12 +672,15 @@ class Trainer:
         factor = min(1.0, (1 - step / self.config.steps) / self.config.cooldown)
         for group in (group for opt in self.optimizers for group in opt.param_groups):
             group["lr"] = group["initial_lr"] * factor
+        for work in self.head_sums:
+            work.wait()
         norms = torch._foreach_norm([p.grad for p in self.model.parameters()], math.inf)
         self.bad_grads += torch.stack([norm.float() for norm in norms]).isfinite().logical_not()
         works, grads = [], [p.grad for group in self.adamw.param_groups for p in group["params"]]
         if dist.is_initialized():
             small = [g for g in grads if g.ndim < 2]  # these travel together
-            buffers = [torch.cat(small), *(g for g in grads if g.ndim == 2)]
+            summed = self.model.head.weight.grad if self.head_sums else None
+            buffers = [torch.cat(small), *(g for g in grads if g.ndim == 2 and g is not summed)]
             works = [dist.all_reduce(buffer, async_op=True) for buffer in buffers]
         self.matrix.step()  # sums the gradients of its own parameters
         for work in works:
@@ -677,6 +689,7 @@ class Trainer:
             torch._foreach_copy_(small, list(buffers[0].split([len(g) for g in small])))
         self.adamw.step()
         self.model.zero_grad()
+        self.head_sums.clear()
 
     @torch.no_grad()
     def validate(self) -> float:

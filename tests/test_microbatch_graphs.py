@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import test_warm_up
 import torch
+import torch.distributed as dist
 from conftest import on_ranks
 from test_warm_up import trainer_of
 from torch import Tensor, nn
 
 import train_gpt
 from kernels import MicrobatchGraphs
-from optimizers import Muon
+from optimizers import Muon, collectives
 
 config = test_warm_up.config  # a fixture
 ROWS = 16  # of a step of it
@@ -411,6 +412,50 @@ def test_where_one_rank_lacks_the_memory_none_has_graphs(
     *found, trainer = trained(config)
     assert trainer.graphs is None and len(graphs.recorded) == (1 if here else 2)
     assert agree(found[0], expected[0]) and agree(found[1], expected[1]) and not graphs.replays
+
+
+def watch(patch: pytest.MonkeyPatch, trainer: train_gpt.Trainer, events: list[str]) -> None:
+    """Writes down what is summed over ranks."""
+    reduce, scatter, head = dist.all_reduce, collectives.reduce_scatter, trainer.model.head.weight
+
+    def reduced(tensor: Tensor, *args: object, **how: object) -> object:
+        events.append("head" if tensor is head.grad else "rest")
+        return reduce(tensor, *args, **how)
+
+    def scattered(*args: Tensor) -> object:
+        events.append("matrices")
+        return scatter(*args)
+
+    patch.setattr(dist, "all_reduce", reduced)
+    patch.setattr(collectives, "reduce_scatter", scattered)
+
+
+def sums_of_a_step(rank: int, size: int, config: Config) -> list[list[str]]:
+    """What is summed over ranks in one step, in order, without graphs and with them."""
+    found, world = [], train_gpt.World(rank, size, torch.device("cpu"))
+    for replayed in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            fake(patch)
+            mine = dataclasses.replace(config, compile=replayed, steps=8)
+            trainer = train_gpt.Trainer(mine, world, *train_gpt.check_data(mine))
+            trainer.warm_up()
+            trainer.reset(1)
+            batches = train_gpt.train_batches(trainer.shards, mine, rank, size)
+            trainer.step(0, next(batches))
+            found.append([])
+            watch(patch, trainer, found[-1])
+            trainer.step(1, next(batches))
+    return found
+
+
+def test_the_heads_gradient_is_summed_once_and_first_where_hooks_run(
+    config: Config, tmp_path: Path
+) -> None:
+    """It waited for the whole backward pass, whose first gradient it is."""
+    for plain, replayed in on_ranks(2, sums_of_a_step, tmp_path / "ranks", config):
+        assert plain[0] == "head" and sorted(plain) == sorted(replayed)
+        assert plain.count("head") == 1 and plain.count("rest") == 2 and "matrices" in plain
+        assert replayed.index("head") > 0
 
 
 def both_ways(rank: int, size: int, config: Config) -> dict[bool, tuple]:
