@@ -740,7 +740,8 @@ class Trainer:
         """The most rows, of divisors of a rank's rows, whose gradient fits the memory."""
         config = self.config
         per_rank = config.batch_tokens // self.world.size // config.row_tokens
-        most = 128 if self.world.device.type == "cuda" else 8
+        most = 64 if self.world.device.type == "cuda" else 8  # each try compiles anew
+        most = 128 if self.model.fused else most
         divisors = [rows for rows in range(most, 0, -1) if per_rank % rows == 0]
         for rows in [config.rows] if config.rows else divisors:
             tokens = self.val[:1].expand(2 * rows * config.row_tokens + 1)
