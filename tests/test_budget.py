@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
-    "train_gpt.py": 929,
+    "train_gpt.py": 930,
     "kernels/__init__.py": 672,
     "kernels/graphs.py": 100,
     "optimizers/__init__.py": 25,
