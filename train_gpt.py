@@ -704,7 +704,8 @@ class Trainer:
         Settles the rows of a microbatch: the most that fit the memory of every rank.
         """
         for p in self.model.parameters():
-            p.grad = torch.zeros_like(p.data.zero_())
+            p.data.zero_()  # what was never written may be nan
+            p.grad = torch.zeros_like(p)
         self.optimizer_step(0)  # first, so that its state is in memory when rows are tried
         self.matrix.before_forward()
         self.rows = self.rows_that_fit()
@@ -737,11 +738,10 @@ class Trainer:
             self.graphs = graphs if self.fits(graphs.record) else None
 
     def rows_that_fit(self) -> int:
-        """The most rows, of divisors of a rank's rows, whose gradient fits the memory."""
+        """The most rows, of divisors of a rank's, whose gradient fits; each try compiles blocks."""
         config = self.config
         per_rank = config.batch_tokens // self.world.size // config.row_tokens
-        most = 64 if self.world.device.type == "cuda" else 8  # each try compiles anew
-        most = 128 if self.model.fused else most
+        most = 128 if self.model.fused else 64 if self.world.device.type == "cuda" else 8
         divisors = [rows for rows in range(most, 0, -1) if per_rank % rows == 0]
         for rows in [config.rows] if config.rows else divisors:
             tokens = self.val[:1].expand(2 * rows * config.row_tokens + 1)
