@@ -15,9 +15,8 @@ except ImportError:  # a CPU build of torch comes without it
     triton = None
 
 TILE = 128  # rows of a tile of C
-# Columns of a tile, its depth along p, and loads in flight; two programs fit on a processor. All
-# blocks of the half tile differ in shape, see `symmetric_by_triton`.
-WHOLE, HALF = (TILE, 64, 3), (TILE // 2, 32, 6)
+# Columns of a tile, its depth along p, and loads in flight; two programs fit on a processor.
+WHOLE, HALF = (TILE, 64, 3), (TILE // 2, 64, 4)
 
 if triton is not None:
 
@@ -39,20 +38,20 @@ if triton is not None:
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, p, DEPTH):  # beyond the edges descriptors read zeros
             if A_TURNED:
-                a = A.load([matrix, start, i * ROWS]).reshape(DEPTH, ROWS).T
+                a = A.load([0, matrix, start, i * ROWS]).reshape(DEPTH, ROWS).T
             else:
-                a = A.load([matrix, i * ROWS, start]).reshape(ROWS, DEPTH)
+                a = A.load([0, matrix, i * ROWS, start]).reshape(ROWS, DEPTH)
             if B_TURNED:
-                b = B.load([matrix, start, j * COLUMNS]).reshape(DEPTH, COLUMNS)
+                b = B.load([0, matrix, start, j * COLUMNS]).reshape(DEPTH, COLUMNS)
             else:
-                b = B.load([matrix, j * COLUMNS, start]).reshape(COLUMNS, DEPTH).T
+                b = B.load([0, matrix, j * COLUMNS, start]).reshape(COLUMNS, DEPTH).T
             product = tl.dot(a, b, product)
         if EACH:  # pointers to one number for each matrix
             alpha, beta = tl.load(alpha + matrix), tl.load(beta + matrix)
             gamma = tl.load(gamma + matrix)
         product *= alpha
         if HAS_D:
-            d = D.load([matrix, i * ROWS, j * COLUMNS]).reshape(ROWS, COLUMNS)
+            d = D.load([0, matrix, i * ROWS, j * COLUMNS]).reshape(ROWS, COLUMNS)
             product += beta * d.to(tl.float32)
         rows, columns = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
         product += tl.where(rows[:, None] == columns[None, :], gamma, 0.0)
@@ -92,23 +91,21 @@ def symmetric_by_triton(
     A: Tensor, B: Tensor, D: Tensor | None, alpha: float | Tensor, beta: float | Tensor,
     gamma: float | Tensor,
 ) -> Tensor:  # fmt: skip
-    """Inductor keeps one descriptor of a tensor for each shape of blocks; what reads by one made
-    before the tensor was written does not wait for the writing (torch 2.11). So no block that
-    reads has the shape of C's, unless A has what it reads as well (D), and where there is no D
-    its place is taken by A, not by C.
+    """What is read is described as (1, k, n, p), C as (k, n, n): inductor keeps one descriptor of a
+    tensor for each shape of blocks, and what reads C by the one that wrote it does not wait for
+    the writing (torch 2.11).
     """
     k, n, p = A.shape
     squares = (side := triton.cdiv(n, TILE)) * (side + 1) // 2
     columns, depth, stages = tile_for(squares * k)
     C = torch.empty(k, n, n, dtype=A.dtype, device=A.device)
-    turned = [X.stride(-1) != 1 for X in (A, B)]
-    described = [
-        TensorDescriptor.from_tensor(
-            (X.mT if flip else X).contiguous(), [1, depth, width] if flip else [1, width, depth]
-        )
-        for X, flip, width in zip((A, B), turned, (TILE, columns), strict=True)
-    ]
-    given = described[0] if D is None else TensorDescriptor.from_tensor(D, [1, TILE, columns])
+    turned, described = [X.stride(-1) != 1 for X in (A, B)], []
+    for X, flip, width in zip((A, B), turned, (TILE, columns), strict=True):
+        X, block = (X.mT, (depth, width)) if flip else (X, (width, depth))
+        described.append(TensorDescriptor.from_tensor(X.contiguous()[None], [1, 1, *block]))
+    given = described[0]
+    if D is not None:
+        given = TensorDescriptor.from_tensor(D[None], [1, 1, TILE, columns])
     described += [given, TensorDescriptor.from_tensor(C, [1, columns, columns])]
     symmetric_kernel[(squares * TILE // columns, k)](
         *described, alpha, beta, gamma, p=p, A_TURNED=turned[0], B_TURNED=turned[1],
