@@ -72,6 +72,8 @@ def polynomial(numbers: Sequence[float | Tensor], R: Tensor) -> Tensor:
 
 def gram_polar(X: Tensor, steps: tuple = EXPRESS6) -> Tensor:
     """Polar factors of X (k, m, n), |X|_F <= 8, in the type of X: float16, float32 or float64."""
+    if torch.compiler.is_compiling():  # one X in memory, not one for each product that reads it
+        X = X.as_strided(X.shape, X.stride())
     if X.stride(-2) == 1 < X.stride(-1):  # as it lies in memory: nothing is written crosswise
         return gram_polar(X.mT, steps).mT
     tall = X.size(-2) > X.size(-1)
