@@ -42,7 +42,7 @@ CAP, EPS = 15.0, torch.finfo(torch.float32).eps  # F.rms_norm's, also for half p
 CHUNK = 8192  # tokens whose logits are in memory at once: 0.8 GB in bf16 for 50304 of them
 PROGRAMS = 1584  # that sum over tokens, each its part: 12 for each of an H100's 132 processors
 
-TILE = (256, 128)  # rows and columns of products' tiles: whole heads, for qkv
+PRODUCT_TILE = (256, 128)  # rows and columns of products' tiles: whole heads, for qkv
 # Depth of a tile and loads in flight. Six of 32 in the gradient: 4% faster than three of 64, H100.
 QKV_LOADS, MLP_LOADS, MLP_GRADIENT_LOADS = (32, 4), (64, 3), (32, 6)
 
@@ -278,7 +278,7 @@ def is_hopper(device: torch.device) -> bool:
 
 def runs_blocks(embed: Tensor, head_dim: int) -> bool:
     """Whether `fused_trunk` takes a model of these embeddings (tokens, width)."""
-    fits = embed.size(1) % 16 == 0 and head_dim == power_of_two(head_dim) <= TILE[1]
+    fits = embed.size(1) % 16 == 0 and head_dim == power_of_two(head_dim) <= PRODUCT_TILE[1]
     return fits and runs_triton(embed) and is_hopper(embed.device)
 
 
@@ -402,20 +402,20 @@ def tiles_of(*blocks: tuple[Tensor, list[int]]) -> list:
 
 def turns_of(C: Tensor) -> int:
     """How many tiles of C (m, n) each processor computes."""
-    tiles = triton.cdiv(len(C), TILE[0]) * triton.cdiv(C.size(1), TILE[1])
+    tiles = triton.cdiv(len(C), PRODUCT_TILE[0]) * triton.cdiv(C.size(1), PRODUCT_TILE[1])
     return triton.cdiv(tiles, processors(C.device))
 
 
 def angles_of(cos: Tensor, sin: Tensor) -> Tensor:
-    """(TILE rows more than row_tokens, head_dim): a tile may begin at any token of a row."""
-    tokens = torch.arange(len(cos) + TILE[0], device=cos.device) % len(cos)
+    """(PRODUCT_TILE rows more than row_tokens, head_dim): a tile may begin at any token of a row."""
+    tokens = torch.arange(len(cos) + PRODUCT_TILE[0], device=cos.device) % len(cos)
     return torch.cat([cos, sin], dim=-1)[tokens, 0].half()  # to 1/8 of what bfloat16 rounds
 
 
 def qkv_by_triton(
     x: Tensor, W: Tensor, b: Tensor, cos: Tensor, sin: Tensor, angles: Tensor
 ) -> tuple[Tensor, Tensor]:
-    (rows, columns), (depth, stages), head_dim = TILE, QKV_LOADS, angles.size(1)
+    (rows, columns), (depth, stages), head_dim = PRODUCT_TILE, QKV_LOADS, angles.size(1)
     qkv, heads = x.new_empty(len(x), len(W)), len(W) // (3 * head_dim)
     scales = torch.empty(len(x), 2, heads, dtype=torch.float32, device=x.device)
     tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (qkv, [rows, columns]))
@@ -511,7 +511,7 @@ def relu_square_by_triton(
     x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None, dtype=torch.bfloat16
 ) -> Tensor:
     """(tokens, n); x and W of 8 bits with the scale of their product, post then in `dtype`."""
-    (rows, columns), (depth, stages) = TILE, MLP_LOADS
+    (rows, columns), (depth, stages) = PRODUCT_TILE, MLP_LOADS
     depth, dtype = (depth, x.dtype) if scale is None else (2 * depth, dtype)
     post = x.new_empty(len(x), len(W), dtype=dtype)
     tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (post, [rows, columns]))
@@ -535,7 +535,7 @@ def relu_square_gradient_by_triton(
     dy: Tensor, V: Tensor, post: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dpre, (m, n) = torch.empty_like(post), post.shape
-    (rows, columns), (depth, stages) = TILE, MLP_GRADIENT_LOADS
+    (rows, columns), (depth, stages) = PRODUCT_TILE, MLP_GRADIENT_LOADS
     sums, half = post.new_empty(triton.cdiv(m, rows), n, dtype=torch.float32), [rows, columns // 2]
     tiles = tiles_of((dy, [rows, depth]), (V, [depth, columns]), (dpre, half), (post, half))
     relu_square_gradient_kernel[(processors(dy.device),)](

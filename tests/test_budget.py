@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
     "train_gpt.py": 930,
-    "kernels/__init__.py": 672,
+    "kernels/__init__.py": 705,
     "kernels/graphs.py": 100,
     "optimizers/__init__.py": 25,
     "optimizers/kernels.py": 118,

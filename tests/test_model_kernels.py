@@ -126,21 +126,21 @@ build(K.capped_gradient_kernel, losses, dict(rows="i32", bend="fp32"), **sizes)
 def tile(*shape, kind="bf16"):
     return f"tensordesc<{kind}{list(shape)}>"
 def product(kernel, pointers, numbers, loads, B, kind="bf16", n=3072, **others):
-    (rows, columns), (depth, stages) = K.TILE, loads
+    (rows, columns), (depth, stages) = K.PRODUCT_TILE, loads
     tiles = {key: others.pop(key) for key in ("C", "post", "table") if key in others}
     tiles |= dict(A=tile(rows, depth, kind=kind), B=tile(*B, kind=kind))
     ptx = build(kernel, {wide: pointers}, tiles | numbers, 8, stages, turns=47, n=n, k=768,
                 ROWS=rows, COLUMNS=columns, DEPTH=depth, **others)
     assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx
-(rows, columns), (depth, _) = K.TILE, K.QKV_LOADS
+(rows, columns), (depth, _) = K.PRODUCT_TILE, K.QKV_LOADS
 product(K.qkv_kernel, "bias scales", dict(m="i32", row_tokens="i32", eps="fp32"), K.QKV_LOADS,
-        (columns, depth), n=2304, C=tile(*K.TILE), table=tile(rows, 128, kind="fp16"), HEADS=6,
+        (columns, depth), n=2304, C=tile(*K.PRODUCT_TILE), table=tile(rows, 128, kind="fp16"), HEADS=6,
         HEAD=128)
 depth, stages = K.MLP_LOADS
 product(K.relu_square_kernel, "bias", dict(scale="constexpr"), K.MLP_LOADS, (columns, depth),
-        C=tile(*K.TILE), scale=None, SCALED=False)
+        C=tile(*K.PRODUCT_TILE), scale=None, SCALED=False)
 product(K.relu_square_kernel, "bias scale", {}, (2 * depth, stages), (columns, 2 * depth),
-        "fp8e4nv", C=tile(*K.TILE), SCALED=True)
+        "fp8e4nv", C=tile(*K.PRODUCT_TILE), SCALED=True)
 product(K.relu_square_gradient_kernel, "sums", dict(m="i32"), K.MLP_GRADIENT_LOADS,
         (K.MLP_GRADIENT_LOADS[0], columns), C=tile(rows, columns // 2),
         post=tile(rows, columns // 2))
