@@ -407,7 +407,7 @@ def turns_of(C: Tensor) -> int:
 
 
 def angles_of(cos: Tensor, sin: Tensor) -> Tensor:
-    """(PRODUCT_TILE rows more than row_tokens, head_dim): a tile may begin at any token of a row."""
+    """(row_tokens and a tile more, head_dim): a tile may begin at any token of a row."""
     tokens = torch.arange(len(cos) + PRODUCT_TILE[0], device=cos.device) % len(cos)
     return torch.cat([cos, sin], dim=-1)[tokens, 0].half()  # to 1/8 of what bfloat16 rounds
 

@@ -20,6 +20,7 @@ FLOPs for m = r n >= 2 n, a symmetric product counted half: (15 + 9 r) n^3, by L
 Source: Gram Newton-Schulz (dao-lab.ai/blog/2026/gram-newton-schulz); aurora.md 4.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,7 +56,10 @@ def length(X: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
     if X.is_mps:  # has no float64
         largest = X.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
         return largest * (X / largest).norm(dim=dim, keepdim=True)
-    return X.double().square().sum(dim=dim, keepdim=True).sqrt().to(X.dtype)
+    squares = X.double().square()
+    if dim == -1 and X.stride(-1) > 1:  # across memory: in parts, which fill a GPU
+        squares = squares.unflatten(-1, (math.gcd(X.size(-1), 32), -1)).sum(dim=-1)
+    return squares.sum(dim=dim, keepdim=True).sqrt().to(X.dtype)
 
 
 def polynomial(numbers: Sequence[float | Tensor], R: Tensor) -> Tensor:

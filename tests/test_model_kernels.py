@@ -134,13 +134,13 @@ def product(kernel, pointers, numbers, loads, B, kind="bf16", n=3072, **others):
     assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx
 (rows, columns), (depth, _) = K.PRODUCT_TILE, K.QKV_LOADS
 product(K.qkv_kernel, "bias scales", dict(m="i32", row_tokens="i32", eps="fp32"), K.QKV_LOADS,
-        (columns, depth), n=2304, C=tile(*K.PRODUCT_TILE), table=tile(rows, 128, kind="fp16"), HEADS=6,
-        HEAD=128)
+        (columns, depth), n=2304, C=tile(rows, columns), table=tile(rows, 128, kind="fp16"),
+        HEADS=6, HEAD=128)
 depth, stages = K.MLP_LOADS
 product(K.relu_square_kernel, "bias", dict(scale="constexpr"), K.MLP_LOADS, (columns, depth),
-        C=tile(*K.PRODUCT_TILE), scale=None, SCALED=False)
+        C=tile(rows, columns), scale=None, SCALED=False)
 product(K.relu_square_kernel, "bias scale", {}, (2 * depth, stages), (columns, 2 * depth),
-        "fp8e4nv", C=tile(*K.PRODUCT_TILE), SCALED=True)
+        "fp8e4nv", C=tile(rows, columns), SCALED=True)
 product(K.relu_square_gradient_kernel, "sums", dict(m="i32"), K.MLP_GRADIENT_LOADS,
         (K.MLP_GRADIENT_LOADS[0], columns), C=tile(rows, columns // 2),
         post=tile(rows, columns // 2))
