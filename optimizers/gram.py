@@ -58,7 +58,8 @@ def length(X: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
         return largest * (X / largest).norm(dim=dim, keepdim=True)
     squares = X.double().square()
     if dim == -1 and X.stride(-1) > 1:  # across memory: in parts, which fill a GPU
-        squares = squares.unflatten(-1, (math.gcd(X.size(-1), 32), -1)).sum(dim=-1)
+        parts = squares.mT.unflatten(-2, (math.gcd(X.size(-1), 32), -1)).sum(dim=-2)
+        squares = parts.mT
     return squares.sum(dim=dim, keepdim=True).sqrt().to(X.dtype)
 
 

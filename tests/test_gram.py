@@ -6,7 +6,7 @@ from test_polar import make
 from torch import Tensor
 
 from optimizers.aurora import balanced_polar
-from optimizers.gram import EXPRESS6, LEVERAGE4, gram_polar, polynomial
+from optimizers.gram import EXPRESS6, LEVERAGE4, gram_polar, length, polynomial
 from optimizers.polar import NORM, polar
 
 SHAPES = [(96, 24), (24, 96), (48, 32), (64, 64), (33, 32), (1, 16), (16, 1), (256, 64)]
