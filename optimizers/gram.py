@@ -20,7 +20,6 @@ FLOPs for m = r n >= 2 n, a symmetric product counted half: (15 + 9 r) n^3, by L
 Source: Gram Newton-Schulz (dao-lab.ai/blog/2026/gram-newton-schulz); aurora.md 4.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -56,11 +55,7 @@ def length(X: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
     if X.is_mps:  # has no float64
         largest = X.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
         return largest * (X / largest).norm(dim=dim, keepdim=True)
-    squares = X.double().square()
-    if dim == -1 and X.stride(-1) > 1:  # across memory: in parts, which fill a GPU
-        parts = squares.mT.unflatten(-2, (math.gcd(X.size(-1), 32), -1)).sum(dim=-2)
-        squares = parts.mT
-    return squares.sum(dim=dim, keepdim=True).sqrt().to(X.dtype)
+    return X.double().square().sum(dim=dim, keepdim=True).sqrt().to(X.dtype)
 
 
 def polynomial(numbers: Sequence[float | Tensor], R: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def tile_for(squares: int) -> tuple[int, int, int]:
     """WHOLE or HALF, for a product that has so many square tiles in all.
 
     An H100 has 132 processors with room for two programs each. 6 matrices of 768 x 768 have 126
-    square tiles, which leave half of the room empty, and 252 of half the width.
+    square tiles, which leave half of the room empty, and 252 of half the width: 8.5 us, not 8.8.
+    With 24 matrices halves take 40 us, whole tiles 34.
     """
     return HALF if squares <= 132 else WHOLE
 

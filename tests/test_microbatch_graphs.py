@@ -341,8 +341,8 @@ def test_only_steps_without_graphs_announce_their_last_backward_pass(
 
 def test_small_microbatches_are_worth_a_graph_and_only_on_a_gpu() -> None:
     worth, cuda = MicrobatchGraphs.worth, torch.device("cuda")
-    assert [worth((rows, 1024), cuda) for rows in (1, 32, 33, 64)] == [True, True, False, False]
-    assert [worth((rows, 256), cuda) for rows in (128, 129)] == [True, False]
+    assert [worth((rows, 1024), cuda) for rows in (1, 16, 17, 64)] == [True, True, False, False]
+    assert [worth((rows, 256), cuda) for rows in (64, 65)] == [True, False]
     assert not any(worth((1, 1), torch.device(kind)) for kind in ("cpu", "mps"))
 
 
