@@ -128,7 +128,9 @@ def kernels_table(root: Path) -> str:
     """The 15 kernels that took most of a step, of each commit that was profiled."""
     text = ""
     path = root / "records/bench/trainer.jsonl"
-    for entry in newest(path, ("device", "optimizer", "commit", "command"), "trainer"):
+    keys = "device", "optimizer", "commit", "command"
+    entries = [entry for bench in ("profile", "trainer") for entry in newest(path, keys, bench)]
+    for entry in entries:  # "profile": by code that had no --profile
         if "kernels" not in entry:
             continue
         rows = [[f"{ms:.2f}", f"{calls:g}", f"`{kernel[:KERNELS]}`"]
