@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import capped_loss, fused_trunk, runs_blocks
+from kernels import MicrobatchGraphs, capped_loss, fused_trunk, runs_blocks
 from optimizers import OPTIMIZERS, Diagnostics, activity
 
 ####################################################################################################
@@ -63,7 +63,7 @@ class Config:
     set: tuple = ()  # group.name=value, repeatable: changes one hyperparameter
     device: str = ""  # cuda, mps or cpu; default: the first that works
     compile: bool = True  # --no-compile: eager, as CPU and MPS always are
-    fp8: bool = False  # the head's logits by a product of 8-bit floats: faster, other losses
+    fp8: bool = False  # 8-bit floats into the head and, on Hopper, the MLPs: other losses
     wandb: bool = False  # log to Weights & Biases as well
     diagnostics: bool = False  # at validations, log what the last update did to MLP neurons
     checkpoint: str = ""  # file to write at validations; where it exists, the run goes on from it
@@ -300,11 +300,11 @@ class GPT(nn.Module):
         self.head = Linear(config.width, config.vocab_size)
 
     def trunk(self, tokens_BT: Tensor, plain: bool = False) -> Tensor:
-        """What the head takes; plain: by the modules above, without kernels or compiled code."""
+        """What the head takes; plain: by the modules above, which is the same but for rounding."""
         cos, sin = (table[: tokens_BT.size(1)] for table in self.rotary)
         x = self.embed(tokens_BT)
         if self.fused and not plain:
-            return fused_trunk(x, self.norm1, self.blocks, self.norm2, cos, sin)  # the same
+            return fused_trunk(x, self.norm1, self.blocks, self.norm2, cos, sin, self.fp8)
         x = self.norm1(x)
         for block in self.blocks:
             x = block.forward(x, cos, sin) if plain else block(x, cos, sin)
@@ -636,6 +636,10 @@ class Trainer:
         self.val = mine.to(torch.int32).to(world.device)
         count = len(list(self.model.parameters()))  # steps with a gradient that is not finite:
         self.bad_grads = torch.zeros(count, device=world.device)  # read at validations only
+        self.graphs: MicrobatchGraphs | None = None  # warm_up records them where they are worth it
+        self.last_backward, self.head_sums = False, []  # works of all_reduces that have begun
+        if dist.is_initialized():
+            self.model.head.weight.register_post_accumulate_grad_hook(self.sum_head)
 
     def microbatches(self, tokens: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of L + 1 tokens: inputs [0, L) and targets [1, L + 1), as (rows, row_tokens) int64."""
@@ -644,12 +648,20 @@ class Trainer:
         rows = math.gcd(rows, len(inputs))  # equally many in all: one shape, one compilation
         yield from zip(inputs.split(rows), targets.split(rows), strict=True)
 
+    def sum_head(self, p: Tensor) -> None:
+        """Its gradient is complete first: the sum over ranks has the whole backward pass to end."""
+        if self.last_backward:
+            self.head_sums.append(dist.all_reduce(p.grad, async_op=True))
+
     def forward_backward(self, tokens: Tensor, rows: int, whole_step: bool = False) -> Tensor:
         """Adds the gradient of the summed loss of the rank's tokens; returns that loss."""
         total, batches = torch.zeros((), device=tokens.device), [*self.microbatches(tokens, rows)]
+        if whole_step and self.graphs:  # no hook runs in a replay: step() launches all reductions
+            return self.graphs.gradients(batches)
         for batch in batches:
             loss = self.model(*batch)
-            if whole_step and batch is batches[-1]:
+            self.last_backward = whole_step and batch is batches[-1]
+            if self.last_backward:
                 self.matrix.before_last_backward()
             loss.backward()
             total += loss.detach()
@@ -660,12 +672,15 @@ class Trainer:
         factor = min(1.0, (1 - step / self.config.steps) / self.config.cooldown)
         for group in (group for opt in self.optimizers for group in opt.param_groups):
             group["lr"] = group["initial_lr"] * factor
+        for work in self.head_sums:
+            work.wait()
         norms = torch._foreach_norm([p.grad for p in self.model.parameters()], math.inf)
         self.bad_grads += torch.stack([norm.float() for norm in norms]).isfinite().logical_not()
         works, grads = [], [p.grad for group in self.adamw.param_groups for p in group["params"]]
         if dist.is_initialized():
             small = [g for g in grads if g.ndim < 2]  # these travel together
-            buffers = [torch.cat(small), *(g for g in grads if g.ndim == 2)]
+            summed = self.model.head.weight.grad if self.head_sums else None
+            buffers = [torch.cat(small), *(g for g in grads if g.ndim == 2 and g is not summed)]
             works = [dist.all_reduce(buffer, async_op=True) for buffer in buffers]
         self.matrix.step()  # sums the gradients of its own parameters
         for work in works:
@@ -674,6 +689,7 @@ class Trainer:
             torch._foreach_copy_(small, list(buffers[0].split([len(g) for g in small])))
         self.adamw.step()
         self.model.zero_grad()
+        self.head_sums.clear()
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -697,26 +713,40 @@ class Trainer:
             if p.grad is None:
                 raise ValueError(f"the parameter {name} has no gradient: the loss must use it")
         self.model.zero_grad()
+        self.record()
         with self.matrix.readout(), torch.no_grad():
             self.model(*next(self.microbatches(self.val, self.rows)))
 
+    def fits(self, work: Callable[..., object], *args: object) -> bool:
+        """Whether the memory of every rank is enough for this; if not, no gradients are left."""
+        enough = torch.ones((), device=self.world.device)
+        try:
+            work(*args)
+        except torch.OutOfMemoryError:
+            enough.fill_(0)
+        if not (fits := bool(self.world.all_reduce(enough, "MIN").item())):
+            self.model.zero_grad()
+            torch.cuda.empty_cache()
+        return fits
+
+    def record(self) -> None:
+        """CUDA graphs of small microbatches: on all ranks or, where one lacks the memory, none."""
+        shape = self.rows, self.config.row_tokens
+        if self.config.compile and MicrobatchGraphs.worth(shape, self.world.device):
+            torch.cuda.reset_peak_memory_stats()  # what graphs keep counts as allocated only now
+            graphs = MicrobatchGraphs(self.model, shape)
+            self.graphs = graphs if self.fits(graphs.record) else None
+
     def rows_that_fit(self) -> int:
         """The most rows, of divisors of a rank's, whose gradient fits; each try compiles blocks."""
-        config, fits = self.config, torch.zeros((), device=self.world.device)
+        config = self.config
         per_rank = config.batch_tokens // self.world.size // config.row_tokens
         most = 128 if self.model.fused else 64 if self.world.device.type == "cuda" else 8
         divisors = [rows for rows in range(most, 0, -1) if per_rank % rows == 0]
         for rows in [config.rows] if config.rows else divisors:
             tokens = self.val[:1].expand(2 * rows * config.row_tokens + 1)
-            try:
-                self.forward_backward(tokens, rows)
-                fits.fill_(1)
-            except torch.OutOfMemoryError:
-                fits.fill_(0)
-            if self.world.all_reduce(fits, "MIN").item():
+            if self.fits(self.forward_backward, tokens, rows):
                 return rows
-            self.model.zero_grad()
-            torch.cuda.empty_cache()
         raise ValueError(f"{config.rows or 1} rows do not fit the memory: use fewer, or more GPUs")
 
     def reset(self, seed: int) -> None:
@@ -725,7 +755,7 @@ class Trainer:
         self.adamw.state.clear()
         self.matrix.reset()
         self.bad_grads.zero_()
-        if self.world.device.type == "cuda":
+        if self.world.device.type == "cuda" and not self.graphs:  # see record
             torch.cuda.reset_peak_memory_stats()
 
     def step(self, step: int, tokens: Tensor) -> Tensor:
@@ -845,7 +875,7 @@ def run_trials(trainer: Trainer, saved: dict, source: str, start_s: float, argv:
         status = status if agree else "ranks hold different parameters"
         peak = torch.cuda.max_memory_allocated()  # 0 where there is no CUDA
         facts = dict(rows=trainer.rows, peak_gib=round(peak / 2**30, 3), start_s=start_s)
-        log.record("end", status=status, ranks_agree=agree, **facts)
+        log.record("end", status=status, ranks_agree=agree, graphs=bool(trainer.graphs), **facts)
         if config.sample_tokens and status == "complete":
             log.say(f"\nA sample of the model's text:\n{trainer.sample(b'def ')}\n", file=False)
         step, loss, seconds = trainer.points[-1]

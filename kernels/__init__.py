@@ -6,8 +6,8 @@ rest one pass each. No torch.compile: nothing to wait for but a few seconds of T
 
 add_norm     h = x + y + b,  n = gain h / rms(h); backwards one pass that also sums the gradients
              of b and gain over tokens. The bias of the product that made y is added here.
-qkv          q, k, v from one product; per head q / rms(q), rotated, in place; k as well. Backwards
-             one pass makes the gradient of the product's output, and sums it over tokens.
+qkv          q, k, v from one product, which writes q / rms(q) of each head, rotated; k as well.
+             Backwards one pass makes the gradient of the product's output, and sums it over tokens.
 relu_square  post = relu(n W^T + b)^2, written by the product itself, and so is its gradient
              (dy V) 2 sqrt(post), summed over tokens: relu(pre) = sqrt(post), only post is kept.
 capped_loss  the output head, its cross-entropy and all their gradients in the forward pass:
@@ -16,7 +16,8 @@ capped_loss  the output head, its cross-entropy and all their gradients in the f
              PyTorch would keep z, f and softmax(f) of all tokens, in float32 200 kB each for a
              token of GPT-2. Here z of some thousand tokens at a time is written once in half
              precision, and dz takes its place; f is below 15, so no exponential overflows.
-             With --fp8 x and W are rounded to 8 bits for z alone (e4m3, one scale for each).
+             With --fp8 x and W are rounded to 8 bits for z alone (e4m3, one scale for each), and
+             so are those of relu_square, on Hopper.
 
 Kernels need half precision on an NVIDIA GPU, those of the blocks Hopper (TMA, what they are tuned
 for). Not here: the optimizers' (optimizers/).
@@ -27,6 +28,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .graphs import MicrobatchGraphs  # noqa: F401 (for train_gpt.py, which is one file in a log)
 
 try:
     import triton
@@ -39,8 +42,9 @@ CAP, EPS = 15.0, torch.finfo(torch.float32).eps  # F.rms_norm's, also for half p
 CHUNK = 8192  # tokens whose logits are in memory at once: 0.8 GB in bf16 for 50304 of them
 PROGRAMS = 1584  # that sum over tokens, each its part: 12 for each of an H100's 132 processors
 
-MLP_TILE = (256, 128, 64)  # of the MLP's products: rows, columns, depth
-MLP_GRADIENT_TILE = (256, 128, 32)  # with six loads in flight, not three: 4% faster on an H100
+PRODUCT_TILE = (256, 128)  # rows and columns of products' tiles: whole heads, for qkv
+# Depth of a tile and loads in flight. Six of 32 in the gradient: 4% faster than three of 64, H100.
+QKV_LOADS, MLP_LOADS, MLP_GRADIENT_LOADS = (32, 4), (64, 3), (32, 6)
 
 ####################################################################################################
 #                                             Kernels                                              #
@@ -99,24 +103,37 @@ if triton is not None:
         tl.store(at + width, tl.sum(dbias, axis=0), mask=columns < width)
 
     @triton.jit
-    def rotary_kernel(
-        qkv, cos, sin, scales, tokens, row_tokens, eps, HEADS: tl.constexpr, HALF: tl.constexpr,
-        ROWS: tl.constexpr,
+    def qkv_kernel(
+        A, B, C, table, bias, scales, m, row_tokens, eps, turns: tl.constexpr, n: tl.constexpr,
+        k: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """Program i: ROWS tokens of qkv (tokens, 3, HEADS, 2 HALF): q and k normed and rotated."""
-        rows, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)
-        inside, table = (rows < tokens)[:, None], (rows % row_tokens)[:, None] * HALF + c[None, :]
-        across, up = tl.load(cos + table, mask=inside), tl.load(sin + table, mask=inside)
-        for head in range(2 * HEADS):
-            here = rows[:, None].to(tl.int64) * (6 * HEADS * HALF) + head * 2 * HALF + c[None, :]
-            a = tl.load(qkv + here, mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(qkv + here + HALF, mask=inside, other=0.0).to(tl.float32)
-            s = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * HALF) + eps)
-            tl.store(scales + rows * 2 * HEADS + head, s, mask=rows < tokens)
-            a, b = a * s[:, None], b * s[:, None]
-            first, second = a * across + b * up, b * across - a * up
-            tl.store(qkv + here, first.to(qkv.dtype.element_ty), mask=inside)
-            tl.store(qkv + here + HALF, second.to(qkv.dtype.element_ty), mask=inside)
+        """Tiles of C (m, n) = A B^T + bias, of whole heads of HEAD columns each: HEADS for q, for
+        k and for v, those of q and k normed and rotated."""
+        across = tl.cdiv(n, COLUMNS)
+        for turn in tl.range(turns, flatten=True):
+            tile = turn * tl.num_programs(0) + tl.program_id(0)
+            row, column = tile // across * ROWS, tile % across * COLUMNS
+            product = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for depth in range(0, k, DEPTH):
+                product = tl.dot(A.load([row, depth]), B.load([column, depth]).T, product)
+            columns = column + tl.arange(0, COLUMNS)
+            product += tl.load(bias + columns, mask=columns < n, other=0.0)
+            halves = tl.reshape(product, (ROWS, COLUMNS // HEAD, 2, HEAD // 2))
+            a, b = tl.split(tl.permute(halves, (0, 1, 3, 2)))  # (ROWS, heads of a tile, HEAD / 2)
+            rows, heads = row + tl.arange(0, ROWS), column // HEAD + tl.arange(0, COLUMNS // HEAD)
+            s = tl.rsqrt(tl.sum(a * a + b * b, axis=2) / HEAD + eps)
+            turns_it = (rows < m)[:, None] & (heads < 2 * HEADS)[None, :]
+            tl.store(scales + rows[:, None] * (2 * HEADS) + heads[None, :], s, mask=turns_it)
+            if column < 2 * HEADS * HEAD:
+                angles = tl.reshape(table.load([row % row_tokens, 0]), (ROWS, 1, 2, HEAD // 2))
+                c, d = tl.split(tl.permute(angles, (0, 1, 3, 2)).to(tl.float32))
+                a, b = (
+                    tl.where(turns_it[:, :, None], (a * c + b * d) * s[:, :, None], a),
+                    tl.where(turns_it[:, :, None], (b * c - a * d) * s[:, :, None], b),
+                )
+            turned = tl.permute(tl.join(a, b), (0, 1, 3, 2))
+            C.store([row, column], tl.reshape(turned, (ROWS, COLUMNS)).to(C.dtype))
 
     @triton.jit
     def rotary_gradient_kernel(
@@ -160,10 +177,13 @@ if triton is not None:
 
     @triton.jit
     def relu_square_kernel(
-        A, B, C, bias, turns: tl.constexpr, n: tl.constexpr, k: tl.constexpr, ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+        A, B, C, bias, scale, turns: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
+        SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """Tiles of C (m, n) = relu(A B^T + bias)^2, one after the other on each processor."""
+        """Tiles of C (m, n) = relu(A B^T + bias)^2, one after the other on each processor.
+
+        A and B of 8 bits are SCALED: the pointer `scale` has what brings their product back.
+        """
         across = tl.cdiv(n, COLUMNS)
         for turn in tl.range(turns, flatten=True):
             tile = turn * tl.num_programs(0) + tl.program_id(0)
@@ -172,6 +192,8 @@ if triton is not None:
             for depth in range(0, k, DEPTH):
                 product = tl.dot(A.load([row, depth]), B.load([column, depth]).T, product)
             columns = column + tl.arange(0, COLUMNS)
+            if SCALED:
+                product *= tl.load(scale)
             product += tl.load(bias + columns, mask=columns < n, other=0.0)
             product = tl.where(product < 0, 0.0, product * product)  # as relu, keeps what is NaN
             C.store([row, column], product.to(C.dtype))
@@ -256,7 +278,7 @@ def is_hopper(device: torch.device) -> bool:
 
 def runs_blocks(embed: Tensor, head_dim: int) -> bool:
     """Whether `fused_trunk` takes a model of these embeddings (tokens, width)."""
-    fits = embed.size(1) % 16 == 0 and head_dim == power_of_two(head_dim)
+    fits = embed.size(1) % 16 == 0 and head_dim == power_of_two(head_dim) <= PRODUCT_TILE[1]
     return fits and runs_triton(embed) and is_hopper(embed.device)
 
 
@@ -369,14 +391,41 @@ class Product(torch.autograd.Function):
         return dy @ W, weight_gradient(dy, x)
 
 
-def rotary_by_triton(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    (tokens, _, heads, head_dim), rows = qkv.shape, 16
-    scales = torch.empty(tokens, 2, heads, dtype=torch.float32, device=qkv.device)
-    rotary_kernel[(triton.cdiv(tokens, rows),)](
-        qkv, cos, sin, scales, tokens, len(cos), EPS, HEADS=heads, HALF=head_dim // 2, ROWS=rows,
-        num_warps=2,
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tiles_of(*blocks: tuple[Tensor, list[int]]) -> list:
+    return [TensorDescriptor.from_tensor(whole.contiguous(), block) for whole, block in blocks]
+
+
+def turns_of(C: Tensor) -> int:
+    """How many tiles of C (m, n) each processor computes."""
+    tiles = triton.cdiv(len(C), PRODUCT_TILE[0]) * triton.cdiv(C.size(1), PRODUCT_TILE[1])
+    return triton.cdiv(tiles, processors(C.device))
+
+
+def angles_of(cos: Tensor, sin: Tensor) -> Tensor:
+    """(row_tokens and a tile more, head_dim): a tile may begin at any token of a row."""
+    tokens = torch.arange(len(cos) + PRODUCT_TILE[0], device=cos.device) % len(cos)
+    return torch.cat([cos, sin], dim=-1)[tokens, 0].half()  # to 1/8 of what bfloat16 rounds
+
+
+def qkv_by_triton(
+    x: Tensor, W: Tensor, b: Tensor, cos: Tensor, sin: Tensor, angles: Tensor
+) -> tuple[Tensor, Tensor]:
+    (rows, columns), (depth, stages), head_dim = PRODUCT_TILE, QKV_LOADS, angles.size(1)
+    qkv, heads = x.new_empty(len(x), len(W)), len(W) // (3 * head_dim)
+    scales = torch.empty(len(x), 2, heads, dtype=torch.float32, device=x.device)
+    tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (qkv, [rows, columns]))
+    tiles += tiles_of((angles, [rows, head_dim]))
+    qkv_kernel[(processors(x.device),)](
+        *tiles, b, scales, len(x), len(cos), EPS, turns=turns_of(qkv), n=len(W),
+        k=x.size(1), HEADS=heads, HEAD=head_dim, ROWS=rows, COLUMNS=columns, DEPTH=depth,
+        num_warps=8, num_stages=stages,
     )  # fmt: skip
-    return scales
+    return qkv.view(len(x), 3, heads, head_dim), scales
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -386,11 +435,14 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(0, 1)
 
 
-def rotary_by_torch(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def qkv_by_torch(
+    x: Tensor, W: Tensor, b: Tensor, cos: Tensor, sin: Tensor, angles: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    qkv = torch.addmm(b.type_as(x), x, W.mT).unflatten(1, (3, -1, 2 * cos.size(-1)))
     wide = qkv[:, :2].to(torch.promote_types(qkv.dtype, torch.float32))
     scales = (wide.square().mean(dim=-1) + EPS).rsqrt()
     qkv[:, :2] = turned(wide * scales[..., None], cos, sin)
-    return scales
+    return qkv, scales
 
 
 def rotary_gradient_by_triton(
@@ -421,14 +473,13 @@ class QKV(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, cos: Tensor, sin: Tensor, *layers: Tensor
+        ctx, x: Tensor, cos: Tensor, sin: Tensor, angles: Tensor | None, *layers: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.half, heads = runs_triton(x), (3, -1, 2 * cos.size(-1))
-        W, b = x.new_empty(3, *layers[0].shape), x.new_empty(3, len(layers[0]))
-        torch._foreach_copy_([*W, *b], layers)  # casts
+        ctx.half = runs_triton(x)
+        W, b = x.new_empty(3, *layers[0].shape), torch.stack(layers[3:])
+        torch._foreach_copy_([*W], layers[:3])  # casts
         W, b = W.flatten(0, 1), b.flatten()
-        qkv = torch.addmm(b, x, W.mT).unflatten(1, heads)
-        scales = (rotary_by_triton if ctx.half else rotary_by_torch)(qkv, cos, sin)
+        qkv, scales = (qkv_by_triton if ctx.half else qkv_by_torch)(x, W, b, cos, sin, angles)
         ctx.save_for_backward(x, W, qkv, cos, sin, scales)
         return qkv.unbind(dim=1)
 
@@ -439,7 +490,7 @@ class QKV(torch.autograd.Function):
         dqkv, sums = by(grads, *rest)
         dqkv = dqkv.flatten(1)
         dW = weight_gradient(dqkv, x)
-        return dqkv @ W, None, None, *dW.chunk(3), *sums.chunk(3)
+        return dqkv @ W, None, None, None, *dW.chunk(3), *sums.chunk(3)
 
 
 ####################################################################################################
@@ -447,44 +498,49 @@ class QKV(torch.autograd.Function):
 ####################################################################################################
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def eight_bits(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x in e4m3, whose largest number is 448, and what brings it back; largest: bounds |x|."""
+    if largest is None:
+        largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
+    scale = largest.clamp_min(torch.finfo(torch.float32).tiny * 448) / 448
+    rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    return torch.mul(x, 1 / scale, out=rounded), scale
 
 
-def tiles_of(*blocks: tuple[Tensor, list[int]]) -> list:
-    return [TensorDescriptor.from_tensor(whole.contiguous(), block) for whole, block in blocks]
-
-
-def turns_of(C: Tensor) -> int:
-    """How many tiles of C (m, n) each processor computes."""
-    tiles = triton.cdiv(len(C), MLP_TILE[0]) * triton.cdiv(C.size(1), MLP_TILE[1])
-    return triton.cdiv(tiles, processors(C.device))
-
-
-def relu_square_by_triton(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    post, (rows, columns, depth) = x.new_empty(len(x), len(W)), MLP_TILE
+def relu_square_by_triton(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None, dtype=torch.bfloat16
+) -> Tensor:
+    """(tokens, n); x and W of 8 bits with the scale of their product, post then in `dtype`."""
+    (rows, columns), (depth, stages) = PRODUCT_TILE, MLP_LOADS
+    depth, dtype = (depth, x.dtype) if scale is None else (2 * depth, dtype)
+    post = x.new_empty(len(x), len(W), dtype=dtype)
     tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (post, [rows, columns]))
     relu_square_kernel[(processors(x.device),)](
-        *tiles, b, turns=turns_of(post), n=len(W), k=x.size(1), ROWS=rows, COLUMNS=columns,
-        DEPTH=depth, num_warps=8, num_stages=3,
+        *tiles, b, scale, turns=turns_of(post), n=len(W), k=x.size(1), SCALED=scale is not None,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return post
 
 
-def relu_square_by_torch(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+def relu_square_by_torch(
+    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None, dtype=torch.bfloat16
+) -> Tensor:
+    if scale is not None:  # emulated
+        x, W, b = x.float() * scale, W.float(), b.float()
+        return torch.addmm(b, x, W.mT).relu().square().to(dtype)
     return torch.addmm(b.type_as(x), x, W.mT).relu().square()
 
 
 def relu_square_gradient_by_triton(
     dy: Tensor, V: Tensor, post: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dpre, (m, n), (rows, columns, depth) = torch.empty_like(post), post.shape, MLP_GRADIENT_TILE
+    dpre, (m, n) = torch.empty_like(post), post.shape
+    (rows, columns), (depth, stages) = PRODUCT_TILE, MLP_GRADIENT_LOADS
     sums, half = post.new_empty(triton.cdiv(m, rows), n, dtype=torch.float32), [rows, columns // 2]
     tiles = tiles_of((dy, [rows, depth]), (V, [depth, columns]), (dpre, half), (post, half))
     relu_square_gradient_kernel[(processors(dy.device),)](
         *tiles, sums, m, turns=turns_of(post), n=n, k=dy.size(1), ROWS=rows, COLUMNS=columns,
-        DEPTH=depth, num_warps=8, num_stages=6,
+        DEPTH=depth, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return dpre, sums.sum(dim=0)
 
@@ -496,40 +552,53 @@ def relu_square_gradient_by_torch(dy: Tensor, V: Tensor, post: Tensor) -> tuple[
 
 
 class SquaredReluMLP(torch.autograd.Function):
-    """relu(x W^T + b)^2 V^T of x (tokens, width); W, b and V in float32."""
+    """relu(x W^T + b)^2 V^T of x (tokens, width); W, b and V in float32.
+
+    gain: of the norm that made x, where x and W are to be rounded to 8 bits for x W^T. Gradients
+    are those of the product that is not rounded.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor, gain: Tensor | None = None
+    ) -> Tensor:
         W, V = weight.to(x.dtype), proj.to(x.dtype)
         ctx.half = runs_triton(x) and is_hopper(x.device)
-        post = (relu_square_by_triton if ctx.half else relu_square_by_torch)(x, W, b)
+        inputs = x, W, b
+        if gain is not None:  # |x| <= |gain| sqrt(width), as |h| <= rms(h) sqrt(width)
+            x8, of_x = eight_bits(x, gain.abs().amax() * len(gain) ** 0.5)
+            W8, of_W = eight_bits(W)
+            inputs = x8, W8, b, of_x * of_W, x.dtype
+        post = (relu_square_by_triton if ctx.half else relu_square_by_torch)(*inputs)
         ctx.save_for_backward(x, W, V, post)
         return post @ V.mT
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, V, post = ctx.saved_tensors
         by = relu_square_gradient_by_triton if ctx.half else relu_square_gradient_by_torch
         dpre, db = by(dy, V, post)
-        return dpre @ W, weight_gradient(dpre, x), db, weight_gradient(dy, post)
+        return dpre @ W, weight_gradient(dpre, x), db, weight_gradient(dy, post), None
 
 
 def fused_trunk(
     x: Tensor, norm1: nn.Module, blocks: Sequence[nn.Module], norm2: nn.Module, cos: Tensor,
-    sin: Tensor,
+    sin: Tensor, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """x (rows, row_tokens, width) through train_gpt.py's blocks, and the norms around them."""
     shape, y, bias = x.shape, None, None
+    angles = angles_of(cos, sin) if runs_triton(x) else None
     x = add_norm(x.flatten(0, 1), None, None, norm1.gain)[1]
     for block in blocks:
         attn, mlp = block.attn, block.mlp
         x, n = add_norm(x, y, bias, block.norm1.gain)
         layers = attn.q, attn.k, attn.v
-        qkv = QKV.apply(n, cos, sin, *(p.weight for p in layers), *(p.bias for p in layers))
+        qkv = QKV.apply(n, cos, sin, angles, *(p.weight for p in layers), *(p.bias for p in layers))
         a = attn.attend(*(t.unflatten(0, shape[:2]) for t in qkv)).flatten(0, 1)
         y = Product.apply(a, attn.proj.weight)
         x, n = add_norm(x, y, attn.proj.bias, block.norm2.gain)
-        y = SquaredReluMLP.apply(n, mlp.fc.weight, mlp.fc.bias, mlp.proj.weight)
+        gain = block.norm2.gain.detach() if fp8 else None
+        y = SquaredReluMLP.apply(n, mlp.fc.weight, mlp.fc.bias, mlp.proj.weight, gain)
         bias = mlp.proj.bias
     return add_norm(x, y, bias, norm2.gain)[1].view(shape)
 
@@ -570,12 +639,6 @@ def capped_gradient_by_torch(z: Tensor, targets: Tensor, log_sums: Tensor) -> Te
     p.scatter_add_(1, targets[:, None], -torch.ones_like(log_sums)[:, None])
     z.copy_(dz := p * s**3)
     return dz.sum(dim=0)
-
-
-def eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x in e4m3, whose largest number is 448, and what brings it back."""
-    scale = x.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny * 448) / 448
-    return (x / scale).to(torch.float8_e4m3fn), scale
 
 
 class Logits:

@@ -14,13 +14,13 @@ them would drive d apart for ever; d_i |x_i| stays within [1/clamp, clamp], whic
 K = 2, beta = 1/2 and n <= clamp^2 = 4096 columns.
 
 Source: arXiv 2606.27715 and github.com/tilde-research/aurora-release (src/aurora.py, vanilla).
-Memory: as Muon, 4 bytes per parameter. FLOPs: K times Muon's on the balanced matrices.
+Memory: as Muon, 4 bytes per parameter. FLOPs: K times Muon's where balanced, gram6 less (gram.py).
 """
 
 import torch
 from torch import Tensor
 
-from .gram import length
+from .gram import LEVERAGE4, gram_polar, length
 from .muon import Muon
 from .polar import NORM, entry_type, factor, polar
 from .slot import MatrixOptimizer, nesterov
@@ -44,17 +44,17 @@ def balanced_polar(
     m, n = X.shape[-2:]
     beta = exponent + (exponent == 0) * best_exponent(m, n)
     norms, unit = length(X, -1), NORM / m**0.5
-    alive, tiny = norms > 0, NORM * torch.finfo(norms.dtype).tiny
+    alive, tiny = norms > 0, NORM * torch.finfo(norms.dtype).tiny  # 0 / tiny: 0
     rows = unit / norms.clamp_min(tiny) * X.to(norms.dtype)  # of length unit, or 0
     rows, c = rows.to(entry_type(method, dtype, X)), alive.to(norms.dtype)  # c = d |x|
-    U = factor(rows, unit * length(c).clamp_min(1), method, dtype)
-    for _ in range(rounds - 1):
+    X, norm = rows, unit * length(c).clamp_min(1)
+    for _ in range(rounds - 1):  # for the row norms of U alone, gram6 takes fewer steps
+        U = gram_polar(X, LEVERAGE4) if method == "gram6" else factor(X, norm, method, dtype)
         squares = U.to(c.dtype).square().sum(dim=-1, keepdim=True)
         c = c * (n / m / squares.clamp_min(1e-14)) ** beta
         c = torch.where(c < clamp, torch.where(c * clamp > 1, c, 1 / clamp), clamp) * alive
-        X = rows * (c / length(c).clamp_min(tiny) * (NORM / unit))  # 0 / tiny: a zero matrix
-        U = factor(X.to(rows.dtype), NORM, method, dtype)
-    return U
+        X, norm = (rows * (c / length(c).clamp_min(tiny) * (NORM / unit))).to(rows.dtype), NORM
+    return factor(X, norm, method, dtype)
 
 
 class Aurora(MatrixOptimizer):
@@ -95,5 +95,5 @@ class Aurora(MatrixOptimizer):
         return super().cost(shape, group) * (self.polar_factors(group) if balanced else 1)
 
     def polar_factors(self, group: dict) -> float:
-        """The cost of `even` in polar factors."""
+        """The cost of `even` in polar factors, at most."""
         return group["rounds"]

@@ -36,7 +36,8 @@ FULL = {
         ("tokens a step", "batch_tokens", ","), ("rows", "microbatch_rows", ".0f"),
         ("tokens/s", "tokens_per_s", ",.0f"), ("ms per step", "step_ms", ".2f"),
         ("of these optimizer", "optimizer_ms", ".2f"), ("peak GiB", "peak_gib", ".2f"),
-        ("start (s)", "start_s", ".1f"), ("caches", "caches", ""), *ORIGIN)),
+        ("start (s)", "start_s", ".1f"), ("caches", "caches", ""), ("graphs", "graphs", ""),
+        *ORIGIN)),
     "growth": (("device", "gpus", "optimizer", "expansion", "width"), (
         ("MLP expansion", "expansion", ""), ("width", "width", ""),
         ("tokens/s", "tokens_per_s", ",.0f"), ("ms per step", "step_ms", ".1f"),
@@ -83,7 +84,8 @@ def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False
     if not entries:
         return f"not measured yet: run `{HOW.get(bench, f'python tools/bench_{bench}.py')}`\n"
     rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
-    cells = [[look(row.get("name", row.get("optimizer", "-")))[0], gpus(row),
+    cells = [[look(row.get("name", row.get("optimizer", "-")))[0]
+              + (", FP8" if "--fp8" in row["command"] else ""), gpus(row),
               *(number(row.get(key), form) for _, key, form in columns)] for row in rows]
     commands = ", ".join(dict.fromkeys(f"`{entry['command']}`" for entry in entries))
     page = f"`tools/bench_{bench}.py` ([commands and commits](records/bench/README.md))"
@@ -128,7 +130,9 @@ def kernels_table(root: Path) -> str:
     """The 15 kernels that took most of a step, of each commit that was profiled."""
     text = ""
     path = root / "records/bench/trainer.jsonl"
-    for entry in newest(path, ("device", "optimizer", "commit", "command"), "trainer"):
+    keys = "device", "optimizer", "commit", "command"
+    entries = [entry for bench in ("profile", "trainer") for entry in newest(path, keys, bench)]
+    for entry in entries:  # "profile": by code that had no --profile
         if "kernels" not in entry:
             continue
         rows = [[f"{ms:.2f}", f"{calls:g}", f"`{kernel[:KERNELS]}`"]

@@ -24,6 +24,7 @@ from records.table import markdown, number
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^(<!-- table:(\w+) -->\n).*?^(<!-- /table:\2 -->)$", re.DOTALL | re.MULTILINE)
 
+
 def prose_runs(root: Path, folder: str = "records/prose") -> list[Run]:
     """All logs of a folder in table order."""
     runs = [parse_log(path) for path in sorted((root / folder).glob("*.txt"))]
@@ -52,7 +53,8 @@ def _prose_row(run: Run, page: Path) -> list[str]:
     steps = "-" if not goal else f"{shown['step']} to {goal:.6g}"
     if goal and run.crossing(goal) is None:
         steps = f"{goal:.6g} not reached"
-    return [look(meta["optimizer"])[0], gpus(meta), str(meta["seed"]),
+    name = look(meta["optimizer"])[0] + (", FP8" if meta["config"].get("fp8") else "")
+    return [name, gpus(meta), str(meta["seed"]),
             *(number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
             final if run.status == "complete" else f"{final}, {run.status}", steps,
             f"{last.train_time_s:.3f}", shown["ms per step"], shown["tokens/s"],
@@ -106,12 +108,12 @@ def prose_groups(root: Path) -> str:
 TABLES = {"prose": prose_table, **benches.TABLES}
 TABLES |= {"leaderboard": leaderboard, "prose_groups": prose_groups}
 TABLES |= {name: partial(prose_table, folder=f"records/prose/{name}", page="records/prose",
-                         timed=name != "gpus") for name in ("family", "gpus", "resumed")}
+                         timed=name != "gpus") for name in ("family", "fp8", "gpus", "resumed")}
 PAGES = {"README.md": ("bench_optimizers", "bench_trainer", "prose"),
          "docs/optimizers.md": ("parity", "polar"),
          "records/bench/README.md": ("growth", "kernels", "ranks", "slot", "trainer"),
          "records/README.md": ("leaderboard", "prose_groups"),
-         "records/prose/README.md": ("family", "gpus", "resumed")}
+         "records/prose/README.md": ("family", "fp8", "gpus", "resumed")}
 
 
 def fill_tables(text: str, root: Path, page: str = "README.md") -> str:

@@ -7,9 +7,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
-    "train_gpt.py": 900,
-    "kernels/__init__.py": 640,
+    "train_gpt.py": 930,
+    "kernels/__init__.py": 705,
+    "kernels/graphs.py": 100,
     "optimizers/__init__.py": 25,
+    "optimizers/kernels.py": 118,
     "optimizers/polar.py": 105,
     "optimizers/slot.py": 350,
     "optimizers/diagnostics.py": 155,
@@ -24,8 +26,8 @@ CEILINGS = {
     "records/compare.py": 150,
     "records/caveats.py": 100,
     "records/__main__.py": 60,
-    "records/report.py": 160,
-    "records/benches.py": 165,
+    "records/report.py": 162,
+    "records/benches.py": 168,
     "records/bundle.py": 90,
     "records/pack.py": 115,
     "records/record.py": 190,

@@ -16,6 +16,7 @@ each size) and appends it to records/bench/trainer.jsonl (or --out FILE):
     bytes_per_rank  what each rank sends for it in a step
     ranks_agree     whether all ranks hold the same parameters, bit for bit, after `steps` steps;
                     where they do not, the bench fails. --check-ranks makes at least 200 steps
+    graphs          whether microbatches were replayed as CUDA graphs; peak_gib counts their memory
     caches          whether compiled code was there at the start, of any size: "cold" or "warm"
     kernels         with --profile: milliseconds in a step, calls in a step and name of the top 15;
                     kernels_ms of all
@@ -145,7 +146,8 @@ def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Nam
     )  # fmt: skip
     facts = {key: float(f"{value:.6g}") for key, value in facts.items()}
     sent = sum(trainer.matrix.traffic().values())
-    return facts | dict(bytes_per_rank=sent, steps=steps + 2, ranks_agree=agree) | kernels
+    facts |= dict(bytes_per_rank=sent, steps=steps + 2, ranks_agree=agree)
+    return facts | dict(graphs=trainer.graphs is not None) | kernels
 
 
 Row = tuple[float, float, str]  # ms in a step, calls in a step, name
