@@ -605,7 +605,8 @@ def crossing(points: list[tuple[int, float, float]], target: float) -> dict | No
 
 
 MODEL = ("vocab_size", "layers", "width", "head_dim", "row_tokens", "dtype")  # fields of Config
-RUN = (*MODEL, "optimizer", "steps", "batch_tokens", "val_tokens", "lr_scale", "set", "cooldown")
+RUN = (*MODEL, "fp8", "optimizer", "steps", "batch_tokens", "val_tokens", "lr_scale", "set",
+       "cooldown")  # fmt: skip
 
 
 def read_checkpoint(path: Path, config: Config, same: tuple[str, ...], **given: object) -> dict:
@@ -614,7 +615,7 @@ def read_checkpoint(path: Path, config: Config, same: tuple[str, ...], **given: 
         raise FileNotFoundError(f"there is no checkpoint {path}: write one with --checkpoint")
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        then, now = saved["config"], asdict(config)
+        then, now = asdict(Config()) | saved["config"], asdict(config)  # older ones lack some
     except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError):
         raise ValueError(f"{path} is no whole checkpoint of this trainer: name another") from None
     pairs = [(name, then[name], now[name]) for name in same]
@@ -699,10 +700,7 @@ class Trainer:
         return self.world.all_reduce(total).item() / self.config.val_tokens
 
     def warm_up(self) -> None:
-        """Compiles and runs everything on weights, tokens and state that are thrown away.
-
-        Settles the rows of a microbatch: the most that fit the memory of every rank.
-        """
+        """Compiles and runs everything, on what is thrown away, and settles a microbatch's rows."""
         for p in self.model.parameters():
             p.data.zero_()  # what was never written may be nan
             p.grad = torch.zeros_like(p)
@@ -713,9 +711,9 @@ class Trainer:
             if p.grad is None:
                 raise ValueError(f"the parameter {name} has no gradient: the loss must use it")
         self.model.zero_grad()
-        self.record()
-        with self.matrix.readout(), torch.no_grad():
-            self.model(*next(self.microbatches(self.val, self.rows)))
+        if not self.fits(self.prepare):
+            self.graphs = None
+            self.prepare(graphs=False)
 
     def fits(self, work: Callable[..., object], *args: object) -> bool:
         """Whether the memory of every rank is enough for this; if not, no gradients are left."""
@@ -729,13 +727,15 @@ class Trainer:
             torch.cuda.empty_cache()
         return fits
 
-    def record(self) -> None:
-        """CUDA graphs of small microbatches: on all ranks or, where one lacks the memory, none."""
+    def prepare(self, graphs: bool = True) -> None:
+        """CUDA graphs of small microbatches, and a first validation beside what these keep."""
         shape = self.rows, self.config.row_tokens
-        if self.config.compile and MicrobatchGraphs.worth(shape, self.world.device):
+        if graphs and self.config.compile and MicrobatchGraphs.worth(shape, self.world.device):
             torch.cuda.reset_peak_memory_stats()  # what graphs keep counts as allocated only now
-            graphs = MicrobatchGraphs(self.model, shape)
-            self.graphs = graphs if self.fits(graphs.record) else None
+            self.graphs = MicrobatchGraphs(self.model, shape)
+            self.graphs.record()
+        with self.matrix.readout(), torch.no_grad():
+            self.model(*next(self.microbatches(self.val, self.rows)))
 
     def rows_that_fit(self) -> int:
         """The most rows, of divisors of a rank's, whose gradient fits; each try compiles blocks."""
@@ -755,7 +755,7 @@ class Trainer:
         self.adamw.state.clear()
         self.matrix.reset()
         self.bad_grads.zero_()
-        if self.world.device.type == "cuda" and not self.graphs:  # see record
+        if self.world.device.type == "cuda" and not self.graphs:  # see prepare
             torch.cuda.reset_peak_memory_stats()
 
     def step(self, step: int, tokens: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The model's own kernels, each with the PyTorch that computes the same where it cannot run.
 
 What a block of train_gpt.py computes in plain PyTorch passes many times over memory, beside its
-matrix products. These kernels leave the products to cuBLAS, attention to cuDNN, and make of the
-rest one pass each. No torch.compile: nothing to wait for but a few seconds of Triton.
+matrix products. These kernels leave most products to cuBLAS, attention to cuDNN, and make of the
+rest one pass each, or the end of a product. No torch.compile: nothing to wait for but a few seconds
+of Triton.
 
 add_norm     h = x + y + b,  n = gain h / rms(h); backwards one pass that also sums the gradients
              of b and gain over tokens. The bias of the product that made y is added here.
@@ -278,7 +279,7 @@ def is_hopper(device: torch.device) -> bool:
 
 def runs_blocks(embed: Tensor, head_dim: int) -> bool:
     """Whether `fused_trunk` takes a model of these embeddings (tokens, width)."""
-    fits = embed.size(1) % 16 == 0 and head_dim == power_of_two(head_dim) <= PRODUCT_TILE[1]
+    fits = embed.size(1) % 16 == 0 and 16 <= head_dim == power_of_two(head_dim) <= PRODUCT_TILE[1]
     return fits and runs_triton(embed) and is_hopper(embed.device)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # Of a microbatch. On an H100, 8 rows of 1024 tokens of the 124M model run for 16 ms, and the CPU
-# takes 33 to 47 ms to launch them: replayed, a step is 2.8 times faster. Of 32 rows, which run for
-# 56 ms, graphs gained nothing on four GPUs: no reduction begins before the end of a replay.
+# takes 33 to 47 ms to launch them: replayed, a step is two to three times faster. Of 32 rows, which
+# run for 56 ms, graphs gained nothing on four GPUs: no reduction begins before the end of a replay.
 MOST_TOKENS = 16 * 1024
 
 
@@ -50,7 +50,7 @@ class MicrobatchGraphs:
         """Weights stay as they are; no gradient is left.
 
         Run first, on the stream that records: what loads, chooses or allocates once is then done,
-        and autograd's accumulators, which remember a stream, belong to none that does not record.
+        and autograd's accumulators, which remember a stream, belong to this one.
         """
         self.graphs, self.grads, self.known = [], [], []  # makes room
         self.model.zero_grad()

@@ -44,7 +44,7 @@ def balanced_polar(
     m, n = X.shape[-2:]
     beta = exponent + (exponent == 0) * best_exponent(m, n)
     norms, unit = length(X, -1), NORM / m**0.5
-    alive, tiny = norms > 0, NORM * torch.finfo(norms.dtype).tiny  # 0 / tiny: 0
+    alive, tiny = norms > 0, NORM * torch.finfo(norms.dtype).tiny  # where 0 is divided by 0
     rows = unit / norms.clamp_min(tiny) * X.to(norms.dtype)  # of length unit, or 0
     rows, c = rows.to(entry_type(method, dtype, X)), alive.to(norms.dtype)  # c = d |x|
     X, norm = rows, unit * length(c).clamp_min(1)

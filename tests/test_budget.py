@@ -11,7 +11,6 @@ CEILINGS = {
     "kernels/__init__.py": 705,
     "kernels/graphs.py": 100,
     "optimizers/__init__.py": 25,
-    "optimizers/kernels.py": 118,
     "optimizers/polar.py": 105,
     "optimizers/slot.py": 350,
     "optimizers/diagnostics.py": 155,

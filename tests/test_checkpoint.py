@@ -111,11 +111,21 @@ def test_a_run_with_other_settings_does_not_go_on_from_it(
     tiny: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
-    for flags, name in ((["--steps", "8"], "steps 4"), (["--lr-scale", "2"], "lr_scale 1.0")):
+    for flags, name in ((["--steps", "8"], "steps 4"), (["--lr-scale", "2"], "lr_scale 1.0"),
+                        (["--fp8"], "fp8 False")):  # fmt: skip
         assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "b.txt", *flags)) == 2
         assert f"was made with {name}, now it is" in capsys.readouterr().err
     assert train_gpt.main(tiny("--eval", "missing.pt")) == 2
     assert "there is no checkpoint missing.pt" in capsys.readouterr().err
+
+
+def test_what_an_older_checkpoint_does_not_say_was_as_it_is_by_default(tiny: Callable) -> None:
+    """--fp8 is younger than checkpoints."""
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
+    saved = torch.load("run.pt", weights_only=True)
+    del saved["config"]["fp8"]
+    torch.save(saved, "run.pt")
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "b.txt")) == 0
 
 
 def test_another_seed_or_other_data_do_not_go_on_from_it(

@@ -1,5 +1,7 @@
 """optimizers/gram.py: as exact as 12 quintic steps, whatever the spectrum, shape and scale."""
 
+import shutil
+
 import pytest
 import torch
 from test_polar import make
@@ -175,3 +177,19 @@ def test_gathering_two_steps_changes_rounding_only() -> None:
     square = torch.cat([X, torch.zeros(1, 24, 48)], dim=1)
     alone, beside = gram_polar(X), gram_polar(square)
     assert (alone - beside[:, :24]).norm() < 1e-9 and not beside[:, 24:].any()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
+@pytest.mark.parametrize("wide", [False, True])
+def test_compiled_code_gives_what_eager_code_gives(wide: bool) -> None:
+    """Its X is kept in memory as it lies there, see `gram_polar`."""
+    momentum, grad = (torch.randn(2, 96, 24, generator=torch.Generator().manual_seed(i))
+                      for i in (1, 2))  # fmt: skip
+
+    def update(momentum: Tensor, grad: Tensor) -> Tensor:
+        X = grad.lerp(momentum, 0.9)  # computed, as it is in an optimizer
+        return balanced_polar(X.mT if wide else X, method="gram6") + polar(X.mT, "gram6")[0, 0, 0]
+
+    given = [X.mT.contiguous() if wide else X for X in (momentum, grad)]
+    found = torch.compile(update, dynamic=False, fullgraph=True)(*given)
+    assert (found - update(*given)).abs().max() < 1e-4

@@ -10,14 +10,13 @@ from conftest import in_fresh_python
 from torch import Tensor
 
 from optimizers import kernels
-from optimizers.kernels import HALF, WHOLE, kernel_runs, tile_for
+from optimizers.kernels import kernel_runs
 from optimizers.products import symmetric_by_torch, symmetric_product
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARE = """
 import torch
-from optimizers import kernels
-from optimizers.kernels import HALF, WHOLE, symmetric_by_triton
+from optimizers.kernels import symmetric_by_triton
 from optimizers.products import symmetric_by_torch
 def compare(k, n, p, dtype=torch.float16):  # the interpreter of Triton 3.6 misreads bfloat16
     X = torch.randn(k, p, n, generator=torch.Generator().manual_seed(n)).to(dtype)
@@ -34,33 +33,28 @@ def compare(k, n, p, dtype=torch.float16):  # the interpreter of Triton 3.6 misr
         assert error < torch.finfo(dtype).eps, (dtype, k, n, p, alpha, error)
         assert torch.equal(found, found.mT) and found.dtype == dtype
 
-for tile in (WHOLE, HALF):
-    kernels.tile_for = lambda squares: tile
-    for k, n, p in ((2, 256, 192), (1, 200, 80), (3, 136, 304), (2, 8, 16), (1, 520, 64)):
-        compare(k, n, p)
+for k, n, p in ((2, 256, 192), (1, 200, 80), (3, 136, 304), (2, 8, 16), (1, 520, 64)):
+    compare(k, n, p)
 print("compared")
 """
 HOPPER = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from optimizers.kernels import HALF, TILE, WHOLE, symmetric_kernel
+from optimizers.kernels import DEPTH, STAGES, TILE, symmetric_kernel
 tile = "tensordesc<fp16[1, 1, {}, {}]>".format
 for turned in (False, True):
-    for columns, depth, stages in (WHOLE, HALF):
-        A, B = (tile(depth, x) if turned else tile(x, depth) for x in (TILE, columns))
-        constants = dict(p=768, A_TURNED=turned, B_TURNED=turned, HAS_D=True, EACH=False,
-                         ROWS=TILE, COLUMNS=columns, DEPTH=depth)
-        types = dict(A=A, B=B, D=tile(TILE, columns))
-        types["C"] = f"tensordesc<fp16[1, {columns}, {columns}]>"
-        types |= dict.fromkeys(("alpha", "beta", "gamma"), "fp32")
-        types |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(symmetric_kernel, types, constants)
-        options = dict(num_warps=4, num_stages=stages)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert "wgmma" in made.asm["ptx"] and "cp.async.bulk.tensor" in made.asm["ptx"]
-        assert "ttg.convert_layout" not in made.asm["ttgir"], "halves of a tile change threads"
-        assert made.metadata.shared <= 113 * 1024, "two programs on each processor"
+    A = tile(DEPTH, TILE) if turned else tile(TILE, DEPTH)
+    constants = dict(p=768, A_TURNED=turned, B_TURNED=turned, HAS_D=True, EACH=False, TILE=TILE,
+                     DEPTH=DEPTH)
+    types = dict(A=A, B=A, D=tile(TILE, TILE), C=f"tensordesc<fp16[1, {TILE}, {TILE}]>")
+    types |= dict.fromkeys(("alpha", "beta", "gamma"), "fp32")
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(symmetric_kernel, types, constants)
+    options = dict(num_warps=4, num_stages=STAGES)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma" in made.asm["ptx"] and "cp.async.bulk.tensor" in made.asm["ptx"]
+    assert made.metadata.shared <= 113 * 1024, "two programs on each processor"
 print("compiled")
 """
 
@@ -71,7 +65,7 @@ def symmetric(k: int, n: int, seed: int = 0) -> Tensor:
 
 
 def test_the_kernel_gives_what_pytorch_gives() -> None:
-    """Both widths of tiles, sizes that fill them and that do not, both layouts of A and B."""
+    """Sizes that fill tiles and that do not, both layouts of A and B."""
     pytest.importorskip("triton", reason="Triton is not installed: its kernel cannot be tried")
     code, out, err = in_fresh_python("-c", COMPARE, cwd=ROOT, TRITON_INTERPRET="1")
     assert (code, out) == (0, "compared\n"), err
@@ -81,11 +75,6 @@ def test_the_kernel_compiles_for_hopper_and_two_programs_fit_on_a_processor() ->
     pytest.importorskip("triton", reason="Triton is not installed: its kernel cannot be compiled")
     code, out, err = in_fresh_python("-c", HOPPER, cwd=ROOT)
     assert (code, out) == (0, "compiled\n"), err
-
-
-def test_few_tiles_are_halved_and_many_are_not() -> None:
-    """Of 21 tiles in a matrix of 768 x 768: 6 and 24 of them are what a step has at a time."""
-    assert [tile_for(21 * count) for count in (1, 6, 7, 24)] == [HALF, HALF, WHOLE, WHOLE]
 
 
 def test_what_reads_is_described_apart_from_what_writes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +90,10 @@ def test_what_reads_is_described_apart_from_what_writes(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(kernels, "symmetric_kernel", Kernel())
     X = torch.zeros(1, 256, 256)
-    for tile in (HALF, WHOLE):
-        monkeypatch.setattr(kernels, "tile_for", lambda squares, tile=tile: tile)
-        for A, B in ((X, X), (X.mT, X), (X.mT, X.mT)):
-            for D in (None, X):
-                kernels.symmetric_by_triton(A, B, D, 1.0, 0.0, 0.0)
-    assert len(calls) == 12
+    for A, B in ((X, X), (X.mT, X), (X.mT, X.mT)):
+        for D in (None, X):
+            kernels.symmetric_by_triton(A, B, D, 1.0, 0.0, 0.0)
+    assert len(calls) == 6
     for *read, C in calls:
         assert all(len(one.block_shape) == len(one.base.shape) == 4 for one in read)
         assert len(C.block_shape) == 3 and C.base.data_ptr() != X.data_ptr()

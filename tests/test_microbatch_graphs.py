@@ -414,6 +414,24 @@ def test_where_one_rank_lacks_the_memory_none_has_graphs(
     assert agree(found[0], expected[0]) and agree(found[1], expected[1]) and not graphs.replays
 
 
+def test_graphs_beside_which_no_validation_fits_are_dropped(
+    config: Config, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """What they keep, eager code cannot use: the first validation ended the run."""
+    expected, forward, lacks = plainly(config), train_gpt.GPT.forward, [True]
+
+    def tight(self: train_gpt.GPT, *batch: Tensor) -> Tensor:
+        if graphs.recorded and lacks and not torch.is_grad_enabled():
+            lacks.pop()
+            raise torch.OutOfMemoryError("simulated")
+        return forward(self, *batch)
+
+    monkeypatch.setattr(train_gpt.GPT, "forward", tight)
+    *found, trainer = trained(config)
+    assert trainer.graphs is None and len(graphs.recorded) == 2 and not lacks
+    assert agree(found[0], expected[0]) and agree(found[1], expected[1]) and not graphs.replays
+
+
 def watch(patch: pytest.MonkeyPatch, trainer: train_gpt.Trainer, events: list[str]) -> None:
     """Writes down what is summed over ranks."""
     reduce, scatter, head = dist.all_reduce, collectives.reduce_scatter, trainer.model.head.weight
