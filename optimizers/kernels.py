@@ -45,6 +45,9 @@ if triton is not None:
         if EACH:  # pointers to one number for each matrix
             alpha, beta = tl.load(alpha + matrix), tl.load(beta + matrix)
             gamma = tl.load(gamma + matrix)
+        else:  # float64 from inductor, and then so would be the tile
+            alpha, beta = tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32)
+            gamma = tl.cast(gamma, tl.float32)
         product *= alpha
         if HAS_D:
             d = D.load([0, matrix, i * TILE, j * TILE]).reshape(TILE, TILE)

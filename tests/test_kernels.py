@@ -43,18 +43,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from optimizers.kernels import DEPTH, STAGES, TILE, symmetric_kernel
 tile = "tensordesc<fp16[1, 1, {}, {}]>".format
-for turned in (False, True):
+for turned, number in ((False, "fp32"), (True, "fp64")):
     A = tile(DEPTH, TILE) if turned else tile(TILE, DEPTH)
     constants = dict(p=768, A_TURNED=turned, B_TURNED=turned, HAS_D=True, EACH=False, TILE=TILE,
                      DEPTH=DEPTH)
     types = dict(A=A, B=A, D=tile(TILE, TILE), C=f"tensordesc<fp16[1, {TILE}, {TILE}]>")
-    types |= dict.fromkeys(("alpha", "beta", "gamma"), "fp32")
+    types |= dict.fromkeys(("alpha", "beta", "gamma"), number)
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(symmetric_kernel, types, constants)
     options = dict(num_warps=4, num_stages=STAGES)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma" in made.asm["ptx"] and "cp.async.bulk.tensor" in made.asm["ptx"]
     assert made.metadata.shared <= 113 * 1024, "two programs on each processor"
+    assert made.asm["ptx"].count("f64") < 10, "numbers come as fp64 from inductor, tiles did too"
 print("compiled")
 """
 
