@@ -37,8 +37,10 @@ class MicrobatchGraphs:
 
     @staticmethod
     def worth(shape: tuple[int, int], device: torch.device) -> bool:
-        """Whether launching such a microbatch takes longer than running it."""
-        return device.type == "cuda" and math.prod(shape) <= MOST_TOKENS
+        """Whether launching such a microbatch takes longer than running it, where it was tried."""
+        if device.type != "cuda" or math.prod(shape) > MOST_TOKENS:
+            return False
+        return torch.cuda.get_device_capability(device)[0] == 9
 
     def run(self) -> None:
         """What is recorded, twice."""

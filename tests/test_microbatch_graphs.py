@@ -339,11 +339,16 @@ def test_only_steps_without_graphs_announce_their_last_backward_pass(
     assert len(heard) == 2
 
 
-def test_small_microbatches_are_worth_a_graph_and_only_on_a_gpu() -> None:
-    worth, cuda = MicrobatchGraphs.worth, torch.device("cuda")
+def test_small_microbatches_are_worth_a_graph_and_only_on_hopper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worth, cuda, capability = MicrobatchGraphs.worth, torch.device("cuda"), [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
     assert [worth((rows, 1024), cuda) for rows in (1, 16, 17, 64)] == [True, True, False, False]
     assert [worth((rows, 256), cuda) for rows in (64, 65)] == [True, False]
     assert not any(worth((1, 1), torch.device(kind)) for kind in ("cpu", "mps"))
+    capability[0] = 8
+    assert not worth((1, 1), cuda)
 
 
 def test_the_trainer_asks_for_its_microbatch_on_its_device(

@@ -20,10 +20,16 @@ def package(tmp_path: Path) -> Path:
 
 
 def losses(package: Path, *launcher: str) -> list[float]:
-    done = subprocess.run(
-        [*launcher, str(ROOT / "docs/example.py")], capture_output=True, text=True, timeout=170,
-        env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}, cwd=package,
-    )  # fmt: skip
+    """What it prints. Threads of gloo abort one process in thirty as it ends (torch 2.13, DDP):
+    such a run is made again."""
+    for _ in range(3):
+        done = subprocess.run(
+            [*launcher, str(ROOT / "docs/example.py")], capture_output=True, text=True, timeout=170,
+            env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}, cwd=package,
+        )  # fmt: skip
+        at_exit = "step 300" in done.stdout and "terminate called without an act" in done.stderr
+        if not (done.returncode and at_exit):
+            break
     assert done.returncode == 0, done.stderr
     return [float(number) for number in re.findall(r"loss ([\d.]+)", done.stdout)]
 
