@@ -453,9 +453,11 @@ def watch(patch: pytest.MonkeyPatch, trainer: train_gpt.Trainer, events: list[st
     patch.setattr(collectives, "reduce_scatter", scattered)
 
 
-def sums_of_a_step(rank: int, size: int, config: Config) -> list[list[str]]:
-    """What is summed over ranks in one step, in order, without graphs and with them."""
-    found, world = [], train_gpt.World(rank, size, torch.device("cpu"))
+def both_ways(
+    rank: int, size: int, config: Config
+) -> Iterator[tuple[pytest.MonkeyPatch, train_gpt.Trainer, Iterator[Tensor]]]:
+    """A rank's trainer, ready, and its batches: without graphs, then with them."""
+    world = train_gpt.World(rank, size, torch.device("cpu"))
     for replayed in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             fake(patch)
@@ -463,11 +465,17 @@ def sums_of_a_step(rank: int, size: int, config: Config) -> list[list[str]]:
             trainer = train_gpt.Trainer(mine, world, *train_gpt.check_data(mine))
             trainer.warm_up()
             trainer.reset(1)
-            batches = train_gpt.train_batches(trainer.shards, mine, rank, size)
-            trainer.step(0, next(batches))
-            found.append([])
-            watch(patch, trainer, found[-1])
-            trainer.step(1, next(batches))
+            yield patch, trainer, train_gpt.train_batches(trainer.shards, mine, rank, size)
+
+
+def sums_of_a_step(rank: int, size: int, config: Config) -> list[list[str]]:
+    """What is summed over ranks in one step, in order, without graphs and with them."""
+    found = []
+    for patch, trainer, batches in both_ways(rank, size, config):
+        trainer.step(0, next(batches))
+        found.append([])
+        watch(patch, trainer, found[-1])
+        trainer.step(1, next(batches))
     return found
 
 
@@ -481,27 +489,20 @@ def test_the_heads_gradient_is_summed_once_and_first_where_hooks_run(
         assert replayed.index("head") > 0
 
 
-def both_ways(rank: int, size: int, config: Config) -> dict[bool, tuple]:
+def three_steps(rank: int, size: int, config: Config) -> list[tuple]:
     """Losses of three steps of a rank, the weights after them and how many replays they took."""
-    found, world = {}, train_gpt.World(rank, size, torch.device("cpu"))
-    for replayed in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
-            fake(patch)
-            mine = dataclasses.replace(config, compile=replayed, steps=8)
-            trainer = train_gpt.Trainer(mine, world, *train_gpt.check_data(mine))
-            trainer.warm_up()
-            trainer.reset(1)
-            batches = train_gpt.train_batches(trainer.shards, mine, rank, size)
-            losses = [trainer.step(step, next(batches)).item() for step in range(3)]
-            weights = [p.detach().clone() for p in trainer.model.parameters()]
-            found[replayed] = losses, weights, len(Graph.replays)
+    found = []
+    for _, trainer, batches in both_ways(rank, size, config):
+        losses = [trainer.step(step, next(batches)).item() for step in range(3)]
+        weights = [p.detach().clone() for p in trainer.model.parameters()]
+        found.append((losses, weights, len(Graph.replays)))
     return found
 
 
 def test_two_ranks_train_as_without_graphs(config: Config, tmp_path: Path) -> None:
     """All reductions are then launched by the step itself."""
-    for found in on_ranks(2, both_ways, tmp_path / "ranks", config):
-        (plain, expected, none), (losses, weights, replays) = found[False], found[True]
+    for plainly, replayed in on_ranks(2, three_steps, tmp_path / "ranks", config):
+        (plain, expected, none), (losses, weights, replays) = plainly, replayed
         assert losses == plain and agree(weights, expected) and (none, replays) == (0, 3)
 
 
