@@ -559,6 +559,7 @@ class World:
             torch.cuda.set_device(cuda)
         self.device_name = torch.cuda.get_device_name() if cuda else device.type
         if size > 1:
+            importlib.import_module("torch._dynamo")  # later, it keeps the group: gloo then aborts
             dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
 
     def synchronize(self) -> None:
@@ -811,8 +812,7 @@ class Trainer:
         config, world, never = self.config, self.world, self.config.steps + 1
         diagnostics = Diagnostics(self.matrix) if config.diagnostics else None
         first = saved["step"] if saved else 0
-        batches = train_batches(self.shards, config, world.rank, world.size)
-        batches = islice(batches, first, None)
+        batches = islice(train_batches(self.shards, config, world.rank, world.size), first, None)
         bad_step = torch.full((), never, device=world.device)  # the first with a non-finite loss
         self.points = points = saved["points"] if saved else []  # (step, loss, seconds) of each
         seconds = points[-1][2] if saved else 0.0  # shown by the clock at its last stop

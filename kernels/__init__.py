@@ -36,6 +36,7 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
+
 except ImportError:  # a CPU build of torch comes without it
     triton = None
 
@@ -625,7 +626,7 @@ def capped_loss_by_torch(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def capped_gradient_by_triton(z: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
-    (rows, n), part, block = z.shape, 128, 1024
+    (rows, n), part, block = z.shape, 128, 512
     sums = torch.empty(triton.cdiv(rows, part), n, dtype=torch.float32, device=z.device)
     capped_gradient_kernel[(triton.cdiv(n, block), len(sums))](
         z, targets, log_sums, sums, rows, CAP**-2, n=n, PART=part, BLOCK=block, num_warps=4

@@ -21,13 +21,11 @@ def symmetric_product(
 
     alpha, beta, gamma: three numbers, or three float32 tensors (k,), one number for each matrix.
     """
-    inputs = (A, B, D, alpha, beta, gamma)
     if not kernel_runs(A):
-        return symmetric_by_torch(*inputs)
-    if torch.compiler.is_compiling():  # compiled code minds the device itself
-        return symmetric_by_triton(*inputs)
-    with torch.cuda.device_of(A):  # Triton launches on the current device
-        return symmetric_by_triton(*inputs)
+        return symmetric_by_torch(A, B, D, alpha, beta, gamma)
+    if isinstance(alpha, Tensor):
+        return symmetric_by_triton(A, B, D, [0.0] * 3, torch.stack([alpha, beta, gamma]))
+    return symmetric_by_triton(A, B, D, [alpha, beta, gamma], None)
 
 
 def symmetric_by_torch(

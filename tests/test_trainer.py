@@ -197,6 +197,25 @@ def test_of_several_ranks_only_the_first_says_what_is_wrong(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_group_that_is_left_takes_its_threads_with_it(tmp_path: Path) -> None:
+    """Threads of gloo that outlive their group abort one process in thirty as it ends. torch.optim
+    imports torch._dynamo, which holds the group if there is one."""
+    if not (tasks := Path("/proc/self/task")).is_dir():
+        pytest.skip(f"no {tasks} here: threads cannot be listed")
+    (script := tmp_path / "ranks.py").write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, train_gpt; from pathlib import Path\n"
+        "world = train_gpt.World(int(os.environ['RANK']), 2, torch.device('cpu'))\n"
+        "torch.optim.AdamW([torch.zeros(1)])\n"
+        "world.synchronize(); torch.distributed.destroy_process_group()\n"
+        f"names = [task.joinpath('comm').read_text() for task in Path('{tasks}').iterdir()]\n"
+        "print('threads of gloo:', sum('gloo' in name for name in names))\n"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    code, out, err = in_fresh_python(*torchrun, str(script), cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert (code, out) == (0, 2 * "threads of gloo: 0\n"), err
+
+
 def test_help_shows_every_flag_with_its_comment(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         train_gpt.main(["--help"])
