@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import MicrobatchGraphs, capped_loss, fused_trunk, runs_blocks
+from kernels import MicrobatchGraphs, capped_loss, compiled_ahead, fused_trunk, runs_blocks
 from optimizers import OPTIMIZERS, Diagnostics, activity
 
 ####################################################################################################
@@ -702,10 +702,10 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles and runs everything, on what is thrown away, and settles a microbatch's rows."""
-        for p in self.model.parameters():
-            p.data.zero_()  # what was never written may be nan
-            p.grad = torch.zeros_like(p)
-        self.optimizer_step(0)  # first, so that its state is in memory when rows are tried
+        with compiled_ahead(self.rows_that_fit):
+            for p in self.model.parameters():
+                p.grad = p.data.zero_().clone()  # what was never written may be nan
+            self.optimizer_step(0)  # first, so that its state is in memory when rows are tried
         self.matrix.before_forward()
         self.rows = self.rows_that_fit()
         for name, p in self.model.named_parameters():

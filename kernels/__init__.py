@@ -30,7 +30,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .graphs import MicrobatchGraphs  # noqa: F401 (for train_gpt.py, which is one file in a log)
+from .ahead import compiled_ahead  # noqa: F401 (both for train_gpt.py, in a log one file with this)
+from .graphs import MicrobatchGraphs  # noqa: F401
 
 try:
     import triton

@@ -5,7 +5,6 @@ brings its operands (pointers in place of descriptors took twice as long). Compi
 operator: of a kernel, inductor makes the IR three times for each call, to see what it writes.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +14,6 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    # Inductor moves this folder, unless it finds all in its own cache: one place for both
-    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
 except ImportError:  # a CPU build of torch comes without it
     triton = None
 
