@@ -742,7 +742,7 @@ class Trainer:
         """The most rows, of divisors of a rank's, whose gradient fits; each try compiles blocks."""
         config = self.config
         per_rank = config.batch_tokens // self.world.size // config.row_tokens
-        most = 128 if self.model.fused else 64 if self.world.device.type == "cuda" else 8
+        most = 256 if self.model.fused else 64 if self.world.device.type == "cuda" else 8
         divisors = [rows for rows in range(most, 0, -1) if per_rank % rows == 0]
         for rows in [config.rows] if config.rows else divisors:
             tokens = self.val[:1].expand(2 * rows * config.row_tokens + 1)

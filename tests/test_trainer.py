@@ -209,11 +209,11 @@ def test_a_group_that_is_left_takes_its_threads_with_it(tmp_path: Path) -> None:
         "torch.optim.AdamW([torch.zeros(1)])\n"
         "world.synchronize(); torch.distributed.destroy_process_group()\n"
         f"names = [task.joinpath('comm').read_text() for task in Path('{tasks}').iterdir()]\n"
-        "print('threads of gloo:', sum('gloo' in name for name in names))\n"
+        "assert not any('gloo' in name for name in names), names\n"
     )
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    code, out, err = in_fresh_python(*torchrun, str(script), cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert (code, out) == (0, 2 * "threads of gloo: 0\n"), err
+    code, _, err = in_fresh_python(*torchrun, str(script), cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert code == 0, err
 
 
 def test_help_shows_every_flag_with_its_comment(capsys: pytest.CaptureFixture) -> None:

@@ -65,13 +65,13 @@ def test_the_microbatch_shrinks_until_it_fits(config, monkeypatch):
 def test_only_kernels_that_need_no_new_compilation_try_more_than_the_usual_rows(
     config, monkeypatch
 ):
-    """A GPU without them would compile for 128 rows, run out of memory, and compile again."""
+    """A GPU without them would compile for 256 rows, run out of memory, and compile again."""
     tried = out_of_memory_above(0, monkeypatch)
-    trainer = trainer_of(dataclasses.replace(config, row_tokens=8, batch_tokens=1024))
+    trainer = trainer_of(dataclasses.replace(config, row_tokens=4, batch_tokens=1024))
     for trainer.model.fused in (False, True):
         with pytest.raises(ValueError, match="1 rows do not fit"):
             trainer.rows_that_fit()
-    assert tried == [8, 4, 2, 1, 128, 64, 32, 16, 8, 4, 2, 1]
+    assert tried == [8, 4, 2, 1, 256, 128, 64, 32, 16, 8, 4, 2, 1]
 
 
 def test_rows_that_were_asked_for_are_never_replaced_by_fewer(config, monkeypatch):
