@@ -12,7 +12,7 @@ from records.figures import gpus, look
 from records.table import markdown, number
 
 ORIGIN = (("torch", "torch", ""), ("commit", "commit", ".7"))
-OLDER = {"caches": "-"}  # what the first lines lack
+OLDER = {"caches": "-", "graphs": False, "microbatch_rows": 0}  # what the first lines lack
 HOW = {"growth": "python tools/bench_trainer.py --expansions 4 8 16 --widths 768 1024 1536",
        "ranks": "torchrun --standalone --nproc_per_node=2 tools/bench_trainer.py --check-ranks"}
 KERNELS = 80  # characters of a kernel's name
@@ -32,7 +32,8 @@ FULL = {
         ("to condition 800", "rms_sigma_800", ".2g"),
         ("CV of squared row norms", "row_sq_cv", ".3g"), ("of real momenta", "real_sq_cv", ".2g"),
         ("peak MiB", "peak_mib", ".0f"), *ORIGIN)),
-    "trainer": (("device", "gpus", "optimizer", "batch_tokens", "command", "caches"), (
+    "trainer": (("device", "gpus", "optimizer", "batch_tokens", "microbatch_rows", "fp8", "graphs",
+                 "caches"), (
         ("tokens a step", "batch_tokens", ","), ("rows", "microbatch_rows", ".0f"),
         ("tokens/s", "tokens_per_s", ",.0f"), ("ms per step", "step_ms", ".2f"),
         ("of these optimizer", "optimizer_ms", ".2f"), ("peak GiB", "peak_gib", ".2f"),
@@ -61,8 +62,10 @@ def newest(
     for place, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
+            told = OLDER | entry
+            told["fp8"] = "--fp8" in told.get("command", "")
             if entry["bench"] == bench and keep(entry):
-                found[tuple((OLDER | entry)[key] for key in keys)] = entry
+                found[tuple(told[key] for key in keys)] = entry
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} line {place}: found '{line[:80]}', expected a JSON object "
                              f"with {', '.join(keys)}; measure again or delete it") from error
@@ -101,7 +104,7 @@ def bench_table(root: Path, bench: str) -> str:
 
 
 def full_table(root: Path, bench: str, kind: str) -> str:
-    """The newest measurement of each command, with more columns."""
+    """The newest measurement of each kind, with more columns."""
     keys, columns = FULL[kind]
     name = "growth" if kind == "growth" else bench  # trainer.jsonl has both
     entries = newest(root / f"records/bench/{bench}.jsonl", keys, name)
@@ -109,10 +112,10 @@ def full_table(root: Path, bench: str, kind: str) -> str:
 
 
 def ranks_table(root: Path) -> str:
-    """Scaling: what N GPUs do in the time of one, and what their communication costs."""
-    keys = ("device", "optimizer", "batch_tokens", "gpus")
+    """What N GPUs do in the time of one at the same commit, and what communication costs."""
+    keys = ("device", "optimizer", "batch_tokens", "commit", "gpus")
     entries = newest(root / "records/bench/trainer.jsonl", keys, "trainer")
-    kinds = [tuple(entry[key] for key in keys[:3]) for entry in entries]
+    kinds = [tuple(entry[key] for key in keys[:4]) for entry in entries]
     alone = {kind: e["tokens_per_s"] for kind, e in zip(kinds, entries, strict=True)
              if e["gpus"] == 1}
     rows = []

@@ -173,7 +173,10 @@ def test_the_page_of_measurements_has_scaling_growth_and_kernels(root: Path) -> 
     profile = kind | {"gpus": 1, "command": "p --profile 3 --batch-tokens 1", "batch_tokens": 1,
                       "kernels": [[2.5, 1.0, "norm"], [1.5, 3.0, "gemm"]], "kernels_ms": 12.34,
                       "tokens_per_s": 1.0}
-    write_bench(root, "trainer", [*ranks, small, grown, profile])
+    rounded = ranks[0] | {"command": ranks[0]["command"] + " --fp8", "tokens_per_s": 700000.0}
+    later = ranks[0] | {"commit": "fedcba987654", "tokens_per_s": 1e6}
+    del rounded["bytes_per_rank"]
+    write_bench(root, "trainer", [rounded, *ranks, small, grown, profile, later])
     main([], root)
     assert [row.split(" | ")[2:5] for row in table(root, "ranks", page)[2:4]] == [
         ["524,288", "600,000", "100.0%"], ["524,288", "1,119,640", "93.3%"]]
@@ -181,9 +184,12 @@ def test_the_page_of_measurements_has_scaling_growth_and_kernels(root: Path) -> 
     assert table(root, "growth", page)[2].split(" | ")[2:8] == ["8", "768", "-", "-", "-", "1.2%"]
     assert table(root, "kernels", page)[0].startswith("Commit 0123456, Muon, 1 x H200: 12.3 ms")
     assert table(root, "kernels", page)[4:6] == ["| 2.50 | 1 | `norm` |", "| 1.50 | 3 | `gemm` |"]
-    assert len([row for row in table(root, "trainer", page) if row.startswith("| Muon")]) == 4
+    made = [row.split(" | ")[:5] for row in table(root, "trainer", page) if "| Muon" in row]
+    assert sorted((row[0], row[4]) for row in made) == [
+        ("| Muon", "1"), ("| Muon", "1"), ("| Muon", "1,000,000"), ("| Muon", "1,119,640"),
+        ("| Muon, FP8", "700,000")]
     assert [row.split(" | ")[1:4] for row in table(root, "bench_trainer")[2:4]] == [
-        ["1 x H200", "-", "600,000"], ["2 x H200", "-", "1,119,640"]]
+        ["1 x H200", "-", "1,000,000"], ["2 x H200", "-", "1,119,640"]]
 
 
 def test_exactness_tables_go_into_the_page_on_optimizers(
