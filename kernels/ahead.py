@@ -8,12 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from importlib.resources import files
 
 import torch
 
 try:
-    from triton import __file__ as triton_file
     from triton import knobs
 except ImportError:  # a CPU build of torch comes without it
     knobs = None
@@ -23,7 +22,7 @@ def keep_in_one_place() -> None:
     """Inductor changes both for a process in which it compiles, and not where it finds all in its
     own cache: the second run then compiled all other kernels once more, 8 s on an H100."""
     os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
-    if (ptxas := Path(triton_file).parent / "backends/nvidia/bin/ptxas").is_file():
+    if (ptxas := files("triton") / "backends/nvidia/bin/ptxas").is_file():
         os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))
 
 
