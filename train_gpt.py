@@ -702,7 +702,7 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles and runs everything, on what is thrown away, and settles a microbatch's rows."""
-        with compiled_ahead(self.rows_that_fit):
+        with compiled_ahead(self.world.device, self.rows_that_fit):
             for p in self.model.parameters():
                 p.grad = p.data.zero_().clone()  # what was never written may be nan
             self.optimizer_step(0)  # first, so that its state is in memory when rows are tried

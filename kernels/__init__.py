@@ -37,7 +37,6 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-
 except ImportError:  # a CPU build of torch comes without it
     triton = None
 

@@ -32,8 +32,8 @@ FULL = {
         ("to condition 800", "rms_sigma_800", ".2g"),
         ("CV of squared row norms", "row_sq_cv", ".3g"), ("of real momenta", "real_sq_cv", ".2g"),
         ("peak MiB", "peak_mib", ".0f"), *ORIGIN)),
-    "trainer": (("device", "gpus", "optimizer", "batch_tokens", "microbatch_rows", "fp8", "graphs",
-                 "caches"), (
+    "trainer": (("device", "gpus", "preset", "optimizer", "batch_tokens", "microbatch_rows", "fp8",
+                 "graphs", "caches"), (
         ("tokens a step", "batch_tokens", ","), ("rows", "microbatch_rows", ".0f"),
         ("tokens/s", "tokens_per_s", ",.0f"), ("ms per step", "step_ms", ".2f"),
         ("of these optimizer", "optimizer_ms", ".2f"), ("peak GiB", "peak_gib", ".2f"),
@@ -72,9 +72,9 @@ def newest(
     return [found[key] for key in sorted(found)]
 
 
-def is_plain(entry: dict) -> bool:
+def is_plain(entry: dict, more: frozenset = frozenset()) -> bool:
     """Measured at the preset's own settings, the optimizer apart."""
-    flags = {word for word in entry["command"].split() if word.startswith("--")}
+    flags = {word for word in entry["command"].split() if word.startswith("--")} - more
     return flags <= {"--standalone", "--nproc_per_node=" + str(entry.get("gpus", 1)), "--optimizer",
                      "--preset", "--check-ranks", "--bench-steps", "--profile", "--momentum"}
 
@@ -114,7 +114,8 @@ def full_table(root: Path, bench: str, kind: str) -> str:
 def ranks_table(root: Path) -> str:
     """What N GPUs do in the time of one at the same commit, and what communication costs."""
     keys = ("device", "optimizer", "batch_tokens", "commit", "gpus")
-    entries = newest(root / "records/bench/trainer.jsonl", keys, "trainer")
+    keep = partial(is_plain, more=frozenset({"--batch-tokens"}))
+    entries = newest(root / "records/bench/trainer.jsonl", keys, "trainer", keep)
     kinds = [tuple(entry[key] for key in keys[:4]) for entry in entries]
     alone = {kind: e["tokens_per_s"] for kind, e in zip(kinds, entries, strict=True)
              if e["gpus"] == 1}

@@ -1,6 +1,8 @@
 """kernels/ahead.py: where Triton's compilations are kept, and that threads make them in time."""
 
+import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +10,12 @@ import torch
 from conftest import ROOT, in_fresh_python
 
 import kernels
-from kernels.ahead import compiled_ahead
+from kernels.ahead import compiled_ahead, keep_in_one_place
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it compiles nothing")
+
+
+GPU = torch.device("cuda", 2)
 
 
 class Kernel:
@@ -37,51 +42,64 @@ class Kernel:
         if described == "refused":
             raise ValueError(described)
         self.made.append(described)
-        return SimpleNamespace(run=None)
+        return Made() if described == "full" else SimpleNamespace(run=None)
+
+
+class Made:
+    @property
+    def run(self) -> None:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The devices that threads were given, on a machine that seems to have the third of some."""
-    given = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", given.append)
-    return given
+def given(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The devices that threads were given, on a machine without one."""
+    devices = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    for name in ("TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"):
+        monkeypatch.setenv(name, "anywhere")
+    return devices
 
 
-def test_what_would_be_launched_is_compiled_while_the_body_runs(gpu: list[int]) -> None:
+def test_what_would_be_launched_is_compiled_while_the_body_runs(given: list) -> None:
     kernel = Kernel()
 
     def work() -> None:
         for described in ("a", "b", "a"):
             kernel.launch(described)
 
-    with compiled_ahead(work):
+    with compiled_ahead(GPU, work):
         assert kernel.made == kernel.launched == []
         assert triton.knobs.runtime.jit_cache_hook is None, "the body launches"
         kernel.may_end.set()
     assert sorted(kernel.made) == ["a", "b"] and kernel.launched == []
     work()
     assert kernel.launched == ["a", "b", "a"]
-    assert gpu and set(gpu) == {2}
+    assert set(given) == {GPU}
 
 
-def test_what_does_not_compile_is_an_error_and_so_is_one_of_the_work(gpu: list[int]) -> None:
+def test_what_does_not_compile_is_an_error_and_so_is_one_of_the_work(given: list) -> None:
     kernel = Kernel()
     kernel.may_end.set()
-    with pytest.raises(ValueError), compiled_ahead(lambda: kernel.launch("refused")):
+    with pytest.raises(ValueError), compiled_ahead(GPU, lambda: kernel.launch("refused")):
         pass
-    with pytest.raises(ZeroDivisionError), compiled_ahead(lambda: 1 / 0):
+    with pytest.raises(ZeroDivisionError), compiled_ahead(GPU, lambda: 1 / 0):
         raise AssertionError("the body must not run")
     assert triton.knobs.runtime.jit_cache_hook is None
 
 
-def test_without_a_gpu_only_the_body_runs() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: the test below shows what it does there")
+def test_what_cannot_be_loaded_now_is_loaded_by_its_launch(given: list) -> None:
+    kernel = Kernel()
+    kernel.may_end.set()
+    with compiled_ahead(GPU, lambda: kernel.launch("full")):
+        pass
+    assert kernel.made == ["full"]
+
+
+def test_elsewhere_only_the_body_runs() -> None:
+    """Also on a machine with a GPU, where a run was told to use the CPU."""
     ran = []
-    with compiled_ahead(lambda: ran.append("work")):
+    with compiled_ahead(torch.device("cpu"), lambda: ran.append("work")):
         ran.append("body")
     assert ran == ["body"]
 
@@ -91,7 +109,7 @@ def test_on_a_gpu_nothing_is_left_to_compile() -> None:
         pytest.skip("no GPU: Triton's part is played by a stand-in above")
     z = torch.randn(64, 512, device="cuda").bfloat16()
     targets, asked = torch.zeros(64, dtype=torch.int64, device="cuda"), []
-    with compiled_ahead(lambda: kernels.capped_loss_by_triton(z, targets)):
+    with compiled_ahead(z.device, lambda: kernels.capped_loss_by_triton(z, targets)):
         pass
     triton.knobs.runtime.jit_cache_hook = lambda **about: asked.append(about) is not None
     losses, log_sums = kernels.capped_loss_by_triton(z, targets)
@@ -103,14 +121,22 @@ def test_on_a_gpu_nothing_is_left_to_compile() -> None:
 def test_compilations_are_kept_where_they_were_whatever_inductor_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both are part of Triton's key, and inductor sets them in some processes."""
-    for name in ("TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    show = "import kernels; from os import environ as e; "
-    show += "print(e['TRITON_CACHE_DIR'], e['TRITON_PTXAS_PATH'])"
-    kept = dict(cwd=ROOT, TRITON_HOME="/somewhere")
-    folder, ptxas = in_fresh_python("-c", show, **kept)[1].split()
+    """It leaves alone what is set."""
+    names = "TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"
+    for name in names:
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TRITON_HOME", "/somewhere")
+    keep_in_one_place()
+    folder, ptxas = (os.environ[name] for name in names)
     assert folder == "/somewhere/.triton/cache"
-    assert ptxas.endswith("triton/backends/nvidia/bin/ptxas")
-    chosen = dict(TRITON_CACHE_DIR="mine", TRITON_PTXAS_PATH="my_ptxas")
-    assert in_fresh_python("-c", show, **kept, **chosen)[1] == "mine my_ptxas\n"
+    assert ptxas.endswith("triton/backends/nvidia/bin/ptxas") and Path(ptxas).is_file()
+    for name in names:
+        monkeypatch.setenv(name, "mine")
+    keep_in_one_place()
+    assert [os.environ[name] for name in names] == ["mine", "mine"]
+
+
+def test_importing_changes_no_variable() -> None:
+    show = "import os; before = dict(os.environ); import kernels; print(before == os.environ)"
+    assert in_fresh_python("-c", show, cwd=ROOT)[1] == "True\n"

@@ -49,10 +49,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from optimizers.kernels import DEPTH, STAGES, TILE, symmetric_kernel
 tile = "tensordesc<fp16[1, {}, {}]>".format
-for turned in (False, True):
+for turned, given in ((False, ["D"]), (True, []), (False, ["D", "each"])):
     A, C = tile(DEPTH, TILE) if turned else tile(TILE, DEPTH), tile(TILE, TILE)
-    constants = dict(each=None, p=768, A_TURNED=turned, B_TURNED=turned, TILE=TILE, DEPTH=DEPTH)
-    types = dict(A=A, B=A, D=C, C=C, alpha="fp32", beta="fp32", gamma="fp32")
+    constants = dict(p=768, A_TURNED=turned, B_TURNED=turned, TILE=TILE, DEPTH=DEPTH)
+    constants |= dict.fromkeys({"D", "each"} - {*given})
+    types = dict(A=A, B=A, D=C, C=C, alpha="fp32", beta="fp32", gamma="fp32", each="*fp32")
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(symmetric_kernel, types, constants)
     options = dict(num_warps=4, num_stages=STAGES)

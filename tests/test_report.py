@@ -176,7 +176,7 @@ def test_the_page_of_measurements_has_scaling_growth_and_kernels(root: Path) -> 
     rounded = ranks[0] | {"command": ranks[0]["command"] + " --fp8", "tokens_per_s": 700000.0}
     later = ranks[0] | {"commit": "fedcba987654", "tokens_per_s": 1e6}
     del rounded["bytes_per_rank"]
-    write_bench(root, "trainer", [rounded, *ranks, small, grown, profile, later])
+    write_bench(root, "trainer", [*ranks, rounded, small, grown, profile, later])
     main([], root)
     assert [row.split(" | ")[2:5] for row in table(root, "ranks", page)[2:4]] == [
         ["524,288", "600,000", "100.0%"], ["524,288", "1,119,640", "93.3%"]]

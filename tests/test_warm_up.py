@@ -1,7 +1,9 @@
 """What the trainer does before its clock starts, and what it refuses there."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,33 @@ def test_only_kernels_that_need_no_new_compilation_try_more_than_the_usual_rows(
         with pytest.raises(ValueError, match="1 rows do not fit"):
             trainer.rows_that_fit()
     assert tried == [8, 4, 2, 1, 256, 128, 64, 32, 16, 8, 4, 2, 1]
+
+
+def noted(method: Callable, calls: list[str]) -> Callable:
+    def call(*args, **how):
+        calls.append(method.__name__)
+        return method(*args, **how)
+
+    return call
+
+
+def test_the_models_kernels_are_asked_for_before_the_optimizer_compiles(config, monkeypatch):
+    order = []
+
+    @contextlib.contextmanager
+    def ahead(device, work):
+        order.append(device.type)
+        work()
+        yield
+        order.append("waited for")
+
+    monkeypatch.setattr(train_gpt, "compiled_ahead", ahead)
+    trainer = trainer_of(config)
+    for name in ("forward_backward", "optimizer_step"):
+        monkeypatch.setattr(trainer, name, noted(getattr(trainer, name), order))
+    trainer.warm_up()
+    assert order == ["cpu", "forward_backward", "optimizer_step", "waited for", "forward_backward"]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
 def test_rows_that_were_asked_for_are_never_replaced_by_fewer(config, monkeypatch):
