@@ -16,6 +16,38 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: it compi
 
 
 GPU = torch.device("cuda", 2)
+TRITON = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+import kernels
+from kernels.ahead import compiled_ahead
+
+class Driver:  # of a Hopper GPU that loads nothing
+    get_current_device = get_current_stream = lambda *_: 0
+    get_current_target = lambda _: GPUTarget("cuda", 90, 32)
+    @property
+    def launcher_cls(self):
+        raise RuntimeError("launched")
+
+triton.runtime.driver.set_active(Driver())
+torch.cuda.set_device = kernels.processors = lambda _: 132
+x, W, b = torch.zeros(512, 64).bfloat16(), torch.zeros(256, 64).bfloat16(), torch.zeros(256)
+targets, post, losses = torch.zeros(256, dtype=torch.int64), torch.zeros(512, 256).bfloat16(), b
+calls = [lambda: kernels.add_norm_by_triton(x, None, None, b[:64]),
+         lambda: kernels.add_norm_by_triton(x, x, b[:64], b[:64]),
+         lambda: kernels.relu_square_by_triton(x, W, b),
+         lambda: kernels.relu_square_gradient_by_triton(x, W.mT.contiguous(), post),
+         lambda: kernels.capped_loss_by_triton(W, targets),
+         lambda: kernels.capped_gradient_by_triton(W, targets, losses)]
+with compiled_ahead(torch.device("cuda", 0), lambda: [call() for call in calls + calls]):
+    pass
+triton.knobs.runtime.jit_cache_hook = lambda **_: print("compiles again")
+for call in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
 
 
 class Kernel:
@@ -94,6 +126,13 @@ def test_what_cannot_be_loaded_now_is_loaded_by_its_launch(given: list) -> None:
     with compiled_ahead(GPU, lambda: kernel.launch("full")):
         pass
     assert kernel.made == ["full"]
+
+
+def test_triton_launches_what_was_compiled_ahead(tmp_path: Path) -> None:
+    """Its real hook and compiler, without a GPU: a launch asks for no compilation any more."""
+    code, out, err = in_fresh_python("-c", TRITON, cwd=ROOT, TRITON_CACHE_DIR=str(tmp_path))
+    assert (code, out) == (0, 6 * "launched\n"), err
+    assert len(list(tmp_path.rglob("*.cubin"))) == 6
 
 
 def test_elsewhere_only_the_body_runs() -> None:
