@@ -5,8 +5,9 @@ matrix products. These kernels leave most products to cuBLAS, attention to cuDNN
 rest one pass each, or the end of a product. No torch.compile: nothing to wait for but a few seconds
 of Triton.
 
-add_norm     h = x + y + b,  n = gain h / rms(h); backwards one pass that also sums the gradients
-             of b and gain over tokens. The bias of the product that made y is added here.
+norm         n = gain v / rms(v),  v = h + b: a product adds what it computes to the residual h, in
+             its place, and b is the sum of all such products' biases up to here. Backwards one pass
+             from n = gain u, which also sums the gradients of bias and gain over tokens.
 qkv          q, k, v from one product, which writes q / rms(q) of each head, rotated; k as well.
              Backwards one pass makes the gradient of the product's output, and sums it over tokens.
 relu_square  post = relu(n W^T + b)^2, written by the product itself, and so is its gradient
@@ -41,6 +42,7 @@ except ImportError:  # a CPU build of torch comes without it
     triton = None
 
 CAP, EPS = 15.0, torch.finfo(torch.float32).eps  # F.rms_norm's, also for half precision
+LEAST_GAIN = 2.0**-60  # what a gain of zero is taken for: backwards is divided by gains
 CHUNK = 8192  # tokens whose logits are in memory at once: 0.8 GB in bf16 for 50304 of them
 PROGRAMS = 1584  # that sum over tokens, each its part: 12 for each of an H100's 132 processors
 
@@ -55,35 +57,33 @@ QKV_LOADS, MLP_LOADS, MLP_GRADIENT_LOADS = (32, 4), (64, 3), (32, 6)
 if triton is not None:
 
     @triton.jit
-    def add_norm_kernel(
-        x, y, bias, gain, h, n, scales, tokens, eps, width: tl.constexpr, ADDS: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    def norm_kernel(
+        h, shift, gain, n, scales, tokens, eps, least, width: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Program i: ROWS tokens of h = x + y + bias, n = gain h s, s = 1 / rms(h) in scales."""
+        """Program i: ROWS tokens of n = gain v s, v = h + shift, s = 1 / rms(v) in scales."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         columns = tl.arange(0, BLOCK)
         here = rows[:, None].to(tl.int64) * width + columns[None, :]
         inside = (rows < tokens)[:, None] & (columns < width)[None, :]
-        v = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
-        if ADDS:
-            v += tl.load(y + here, mask=inside, other=0.0).to(tl.float32)
-            v += tl.load(bias + columns, mask=columns < width, other=0.0)[None, :]
-            rounded = v.to(h.dtype.element_ty)
-            tl.store(h + here, rounded, mask=inside)
-            v = rounded.to(tl.float32)
+        g = tl.load(gain + columns, mask=columns < width, other=0.0)
+        v = tl.load(h + here, mask=inside, other=0.0).to(tl.float32)
+        v += tl.load(shift + columns, mask=columns < width, other=0.0)[None, :]
         s = tl.rsqrt(tl.sum(v * v, axis=1) / width + eps)
         tl.store(scales + rows, s, mask=rows < tokens)
-        v *= s[:, None] * tl.load(gain + columns, mask=columns < width, other=0.0)[None, :]
+        v *= s[:, None] * tl.where(tl.abs(g) < least, least, g)[None, :]
         tl.store(n + here, v.to(n.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def add_norm_gradient_kernel(
-        dh, dn, h, gain, scales, dx, sums, tokens, turns: tl.constexpr, width: tl.constexpr,
+    def norm_gradient_kernel(
+        dh, dn, n, gain, scales, dx, sums, tokens, least, turns: tl.constexpr, width: tl.constexpr,
         PASSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Program p: dx of its part of the tokens; sums[p]: of dgain, then of dx (= dbias)."""
         columns = tl.arange(0, BLOCK)
         g = tl.load(gain + columns, mask=columns < width, other=0.0)[None, :]
+        g = tl.where(tl.abs(g) < least, least, g)
+        back = 1.0 / g
         dgain = tl.zeros((ROWS, BLOCK), tl.float32)
         dbias = tl.zeros((ROWS, BLOCK), tl.float32)
         for turn in range(turns):
@@ -91,7 +91,7 @@ if triton is not None:
             here = rows[:, None].to(tl.int64) * width + columns[None, :]
             inside = (rows < tokens)[:, None] & (columns < width)[None, :]
             s = tl.load(scales + rows, mask=rows < tokens, other=0.0)[:, None]
-            u = tl.load(h + here, mask=inside, other=0.0).to(tl.float32) * s
+            u = tl.load(n + here, mask=inside, other=0.0).to(tl.float32) * back
             d = tl.load(dn + here, mask=inside, other=0.0).to(tl.float32)
             dgain += d * u
             d *= g
@@ -128,8 +128,10 @@ if triton is not None:
             turns_it = (rows < m)[:, None] & (heads < 2 * HEADS)[None, :]
             tl.store(scales + rows[:, None] * (2 * HEADS) + heads[None, :], s, mask=turns_it)
             if column < 2 * HEADS * HEAD:
-                angles = tl.reshape(table.load([row % row_tokens, 0]), (ROWS, 1, 2, HEAD // 2))
-                c, d = tl.split(tl.permute(angles, (0, 1, 3, 2)).to(tl.float32))
+                tokens = row % row_tokens + tl.arange(0, ROWS)
+                angles = tl.load(table + tokens[:, None] * HEAD + tl.arange(0, HEAD)[None, :])
+                angles = tl.permute(tl.reshape(angles, (ROWS, 1, 2, HEAD // 2)), (0, 1, 3, 2))
+                c, d = tl.split(angles.to(tl.float32))
                 a, b = (
                     tl.where(turns_it[:, :, None], (a * c + b * d) * s[:, :, None], a),
                     tl.where(turns_it[:, :, None], (b * c - a * d) * s[:, :, None], b),
@@ -293,77 +295,75 @@ def power_of_two(width: int) -> int:
 ####################################################################################################
 
 
-def add_norm_by_triton(
-    x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    h, n = x if y is None else torch.empty_like(x), torch.empty_like(x)
-    (tokens, width), rows = x.shape, 2
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    add_norm_kernel[(triton.cdiv(tokens, rows),)](
-        x, y, bias, gain, h, n, scales, tokens, EPS, width=width, ADDS=y is not None, ROWS=rows,
+def norm_by_triton(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    (tokens, width), rows, n = h.shape, 2, torch.empty_like(h)
+    scales = torch.empty(tokens, dtype=torch.float32, device=h.device)
+    norm_kernel[(triton.cdiv(tokens, rows),)](
+        h, shift, gain, n, scales, tokens, EPS, LEAST_GAIN, width=width, ROWS=rows,
         BLOCK=power_of_two(width), num_warps=4,
     )  # fmt: skip
-    return h, n, scales
+    return n, scales
 
 
-def add_norm_by_torch(
-    x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor
+def no_zeros(gain: Tensor) -> Tensor:
+    return gain.where(gain.abs() >= LEAST_GAIN, LEAST_GAIN)
+
+
+def norm_by_torch(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    v = h + shift  # in float32 at least, as shift is
+    scales = (v.square().mean(dim=1) + EPS).rsqrt()
+    return (v * scales[:, None] * no_zeros(gain)).to(h.dtype), scales
+
+
+def norm_gradient_by_triton(
+    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    h = x if y is None else (x.to(wide) + y + bias).to(x.dtype)
-    scales = (h.to(wide).square().mean(dim=1) + EPS).rsqrt()
-    return h, (h * scales[:, None] * gain).to(x.dtype), scales
-
-
-def add_norm_gradient_by_triton(
-    dh: Tensor | None, dn: Tensor, h: Tensor, gain: Tensor, scales: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    (tokens, width), rows, dx = h.shape, 1, torch.empty_like(h)
-    sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=h.device)
-    add_norm_gradient_kernel[(PROGRAMS,)](
-        dh, dn.contiguous(), h, gain, scales, dx, sums, tokens,
+    (tokens, width), rows, dx = n.shape, 1, torch.empty_like(n)
+    sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=n.device)
+    norm_gradient_kernel[(PROGRAMS,)](
+        dh, dn.contiguous(), n, gain, scales, dx, sums, tokens, LEAST_GAIN,
         turns=triton.cdiv(tokens, PROGRAMS * rows), width=width, PASSED=dh is not None, ROWS=rows,
         BLOCK=power_of_two(width), num_warps=max(1, power_of_two(width) // 1024),
     )  # fmt: skip
     return dx, *sums.sum(dim=0)
 
 
-def add_norm_gradient_by_torch(
-    dh: Tensor | None, dn: Tensor, h: Tensor, gain: Tensor, scales: Tensor
+def norm_gradient_by_torch(
+    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    u = h * scales[:, None]
-    d = dn * gain
+    gain = no_zeros(gain)
+    u, d = n / gain, dn * gain
     dx = (d - u * (d * u).mean(dim=1, keepdim=True)) * scales[:, None]
     dx = dx if dh is None else dx + dh
-    return dx.to(h.dtype), (dn * u).sum(dim=0), dx.sum(dim=0)
+    return dx.to(n.dtype), (dn * u).sum(dim=0), dx.sum(dim=0)
 
 
-class AddNorm(torch.autograd.Function):
-    """x, y (tokens, width), y possibly None; bias and gain (width) in float32."""
+def norm(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """n = gain v / rms(v) of v = h + shift, (tokens, width); and 1 / rms(v) (tokens)."""
+    return (norm_by_triton if runs_triton(h) else norm_by_torch)(h, shift, gain)
+
+
+def norm_gradient(
+    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of h, gain and the last bias in shift. dh: what reaches h by other ways than n."""
+    by = norm_gradient_by_triton if runs_triton(n) else norm_gradient_by_torch
+    return by(dh, dn, n, gain, scales)
+
+
+class Norm(torch.autograd.Function):
+    """The norm of h (tokens, width) and shift; gain and shift (width) in float32."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor
-    ) -> tuple[Tensor, Tensor] | Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.half, ctx.adds = runs_triton(x), y is not None
-        h, n, scales = (add_norm_by_triton if ctx.half else add_norm_by_torch)(x, y, bias, gain)
-        ctx.save_for_backward(h, gain, scales)
-        return (h, n) if ctx.adds else n
+    def forward(ctx, h: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
+        n, scales = norm(h, shift, gain)
+        ctx.save_for_backward(n, gain, scales)
+        return n
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dh, dn = grads if ctx.adds else (None, *grads)
-        by = add_norm_gradient_by_triton if ctx.half else add_norm_gradient_by_torch
-        dx, dgain, dbias = by(dh, dn, *ctx.saved_tensors)
-        return (dx, dx, dbias, dgain) if ctx.adds else (dx, None, None, dgain)
-
-
-def add_norm(
-    x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor
-) -> tuple[Tensor, Tensor]:
-    """h = x + y + bias, or x where there is no y; and gain h / rms(h)."""
-    return (x, AddNorm.apply(x, None, None, gain)) if y is None else AddNorm.apply(x, y, bias, gain)
+    def backward(ctx, dn: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dgain, _ = norm_gradient(None, dn, *ctx.saved_tensors)
+        return dx, None, dgain
 
 
 ####################################################################################################
@@ -378,19 +378,28 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return (dy.mT @ x).to(torch.promote_types(x.dtype, torch.float32))
 
 
-class Product(torch.autograd.Function):
-    """x W^T of x (tokens, n) and W (m, n) in float32."""
+class AddProduct(torch.autograd.Function):
+    """h + x W^T, in the place of h, and the norm of it and shift. W, bias, shift, gain in float32.
+
+    h, x (tokens, width). shift: the biases of all that was added to h, with this product's bias.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, gain: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(h)
         W = weight.to(x.dtype)
-        ctx.save_for_backward(x, W)
-        return x @ W.mT
+        n, scales = norm(h.addmm_(x, W.mT), shift, gain)
+        ctx.save_for_backward(x, W, n, gain, scales)
+        return h, n
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x, W = ctx.saved_tensors
-        return dy @ W, weight_gradient(dy, x)
+    def backward(ctx, dh: Tensor | None, dn: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, *rest = ctx.saved_tensors
+        dh, dgain, dbias = norm_gradient(dh, dn, *rest)
+        return dh, dh @ W, weight_gradient(dh, x), dbias, None, dgain
 
 
 @functools.cache
@@ -421,9 +430,8 @@ def qkv_by_triton(
     qkv, heads = x.new_empty(len(x), len(W)), len(W) // (3 * head_dim)
     scales = torch.empty(len(x), 2, heads, dtype=torch.float32, device=x.device)
     tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (qkv, [rows, columns]))
-    tiles += tiles_of((angles, [rows, head_dim]))
     qkv_kernel[(processors(x.device),)](
-        *tiles, b, scales, len(x), len(cos), EPS, turns=turns_of(qkv), n=len(W),
+        *tiles, angles, b, scales, len(x), len(cos), EPS, turns=turns_of(qkv), n=len(W),
         k=x.size(1), HEADS=heads, HEAD=head_dim, ROWS=rows, COLUMNS=columns, DEPTH=depth,
         num_warps=8, num_stages=stages,
     )  # fmt: skip
@@ -553,34 +561,40 @@ def relu_square_gradient_by_torch(dy: Tensor, V: Tensor, post: Tensor) -> tuple[
     return dpre, dpre.sum(dim=0, dtype=torch.promote_types(post.dtype, torch.float32))
 
 
-class SquaredReluMLP(torch.autograd.Function):
-    """relu(x W^T + b)^2 V^T of x (tokens, width); W, b and V in float32.
+class AddSquaredReluMLP(torch.autograd.Function):
+    """h + relu(x W^T + b)^2 V^T, in the place of h, and the norm of it and shift, as AddProduct.
 
-    gain: of the norm that made x, where x and W are to be rounded to 8 bits for x W^T. Gradients
+    x_gain: of the norm that made x, where x and W are to be rounded to 8 bits for x W^T. Gradients
     are those of the product that is not rounded.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor, gain: Tensor | None = None
-    ) -> Tensor:
+        ctx, h: Tensor, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor, bias: Tensor,
+        shift: Tensor, gain: Tensor, x_gain: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(h)
         W, V = weight.to(x.dtype), proj.to(x.dtype)
         ctx.half = runs_triton(x) and is_hopper(x.device)
         inputs = x, W, b
-        if gain is not None:  # |x| <= |gain| sqrt(width), as |h| <= rms(h) sqrt(width)
-            x8, of_x = eight_bits(x, gain.abs().amax() * len(gain) ** 0.5)
+        if x_gain is not None:  # |x| <= |gain| sqrt(width), as |v| <= rms(v) sqrt(width)
+            x8, of_x = eight_bits(x, x_gain.abs().amax() * len(x_gain) ** 0.5)
             W8, of_W = eight_bits(W)
             inputs = x8, W8, b, of_x * of_W, x.dtype
         post = (relu_square_by_triton if ctx.half else relu_square_by_torch)(*inputs)
-        ctx.save_for_backward(x, W, V, post)
-        return post @ V.mT
+        n, scales = norm(h.addmm_(post, V.mT), shift, gain)
+        ctx.save_for_backward(x, W, V, post, n, gain, scales)
+        return h, n
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, V, post = ctx.saved_tensors
+    def backward(ctx, dh: Tensor | None, dn: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, V, post, *rest = ctx.saved_tensors
+        dh, dgain, dbias = norm_gradient(dh, dn, *rest)
         by = relu_square_gradient_by_triton if ctx.half else relu_square_gradient_by_torch
-        dpre, db = by(dy, V, post)
-        return dpre @ W, weight_gradient(dpre, x), db, weight_gradient(dy, post), None
+        dpre, db = by(dh, V, post)
+        dW, dV = weight_gradient(dpre, x), weight_gradient(dh, post)
+        return dh, dpre @ W, dW, db, dV, dbias, None, dgain, None
 
 
 def fused_trunk(
@@ -588,21 +602,22 @@ def fused_trunk(
     sin: Tensor, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """x (rows, row_tokens, width) through train_gpt.py's blocks, and the norms around them."""
-    shape, y, bias = x.shape, None, None
-    angles = angles_of(cos, sin) if runs_triton(x) else None
-    x = add_norm(x.flatten(0, 1), None, None, norm1.gain)[1]
-    for block in blocks:
+    shape, angles = x.shape, angles_of(cos, sin) if runs_triton(x) else None
+    biases = [b.detach() for each in blocks for b in (each.attn.proj.bias, each.mlp.proj.bias)]
+    first, *shifts = torch.stack([torch.zeros_like(biases[0]), *biases]).cumsum(dim=0)
+    h = Norm.apply(x.flatten(0, 1), first, norm1.gain).clone()  # what is added takes its place
+    n = Norm.apply(h, first, blocks[0].norm1.gain)
+    for i, block in enumerate(blocks):
         attn, mlp = block.attn, block.mlp
-        x, n = add_norm(x, y, bias, block.norm1.gain)
         layers = attn.q, attn.k, attn.v
         qkv = QKV.apply(n, cos, sin, angles, *(p.weight for p in layers), *(p.bias for p in layers))
-        a = attn.attend(*(t.unflatten(0, shape[:2]) for t in qkv)).flatten(0, 1)
-        y = Product.apply(a, attn.proj.weight)
-        x, n = add_norm(x, y, attn.proj.bias, block.norm2.gain)
+        a, p = attn.attend(*(t.unflatten(0, shape[:2]) for t in qkv)).flatten(0, 1), attn.proj
+        h, n = AddProduct.apply(h, a, p.weight, p.bias, shifts[2 * i], block.norm2.gain)
+        parts = mlp.fc.weight, mlp.fc.bias, mlp.proj.weight, mlp.proj.bias, shifts[2 * i + 1]
         gain = block.norm2.gain.detach() if fp8 else None
-        y = SquaredReluMLP.apply(n, mlp.fc.weight, mlp.fc.bias, mlp.proj.weight, gain)
-        bias = mlp.proj.bias
-    return add_norm(x, y, bias, norm2.gain)[1].view(shape)
+        after = blocks[i + 1].norm1 if i + 1 < len(blocks) else norm2
+        h, n = AddSquaredReluMLP.apply(h, n, *parts, after.gain, gain)
+    return n.view(shape)
 
 
 ####################################################################################################

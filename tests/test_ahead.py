@@ -33,8 +33,8 @@ triton.runtime.driver.set_active(Driver())
 torch.cuda.set_device = kernels.processors = lambda _: 132
 x, W, b = torch.zeros(512, 64).bfloat16(), torch.zeros(256, 64).bfloat16(), torch.zeros(256)
 targets, post, losses = torch.zeros(256, dtype=torch.int64), torch.zeros(512, 256).bfloat16(), b
-calls = [lambda: kernels.add_norm_by_triton(x, None, None, b[:64]),
-         lambda: kernels.add_norm_by_triton(x, x, b[:64], b[:64]),
+calls = [lambda: kernels.norm_by_triton(x, b[:64], b[:64]),
+         lambda: kernels.norm_gradient_by_triton(x, x, x, b[:64], losses),
          lambda: kernels.relu_square_by_triton(x, W, b),
          lambda: kernels.relu_square_gradient_by_triton(x, W.mT.contiguous(), post),
          lambda: kernels.capped_loss_by_triton(W, targets),

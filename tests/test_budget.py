@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
     "train_gpt.py": 930,
-    "kernels/__init__.py": 705,
+    "kernels/__init__.py": 720,
     "kernels/graphs.py": 100,
     "kernels/ahead.py": 65,
     "optimizers/__init__.py": 25,
