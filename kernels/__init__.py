@@ -5,9 +5,9 @@ matrix products. These kernels leave most products to cuBLAS, attention to cuDNN
 rest one pass each, or the end of a product. No torch.compile: nothing to wait for but a few seconds
 of Triton.
 
-norm         n = gain v / rms(v),  v = h + b: a product adds what it computes to the residual h, in
-             its place, and b is the sum of all such products' biases up to here. Backwards one pass
-             from n = gain u, which also sums the gradients of bias and gain over tokens.
+norm         n = gain v / rms(v),  v = h + shift: products add to the residual h in its place, and
+             shift is the sum of these products' biases up to here. Backwards one pass from
+             n = gain u, which also sums the gradients of bias and gain over tokens.
 qkv          q, k, v from one product, which writes q / rms(q) of each head, rotated; k as well.
              Backwards one pass makes the gradient of the product's output, and sums it over tokens.
 relu_square  post = relu(n W^T + b)^2, written by the product itself, and so is its gradient
@@ -42,9 +42,9 @@ except ImportError:  # a CPU build of torch comes without it
     triton = None
 
 CAP, EPS = 15.0, torch.finfo(torch.float32).eps  # F.rms_norm's, also for half precision
-LEAST_GAIN = 2.0**-60  # what a gain of zero is taken for: backwards is divided by gains
+LEAST_GAIN = 2.0**-60  # in place of gains nearer to 0, as gradients divide by them; not in float16
 CHUNK = 16384  # tokens whose logits are in memory at once: 1.6 GB in bf16 for 50304 of them
-PROGRAMS = 1056  # that sum over tokens, each its part: all that fit an H100's 132 processors
+PROGRAMS = 1056  # that sum over tokens, each its part: 8 for each of an H100's 132 processors
 
 PRODUCT_TILE = (256, 128)  # rows and columns of products' tiles: whole heads, for qkv
 # Depth of a tile and loads in flight. Six of 32 in the gradient: 4% faster than three of 64, H100.
@@ -306,7 +306,7 @@ def norm_by_triton(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tens
 
 
 def no_zeros(gain: Tensor) -> Tensor:
-    return gain.where(gain.abs() >= LEAST_GAIN, LEAST_GAIN)
+    return gain.masked_fill(gain.abs() < LEAST_GAIN, LEAST_GAIN)
 
 
 def norm_by_torch(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
