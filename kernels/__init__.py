@@ -33,22 +33,27 @@ from torch import Tensor, nn
 
 from .ahead import compiled_ahead  # noqa: F401 (both for train_gpt.py, in a log one file with this)
 from .graphs import MicrobatchGraphs  # noqa: F401
+from .products import (
+    EPS,
+    HEAD_DIM,
+    angles_of,
+    gluon,
+    logits_by_gluon,
+    qkv_by_gluon,
+    relu_square_by_gluon,
+    relu_square_gradient_by_gluon,
+)
 
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a CPU build of torch comes without it
     triton = None
 
-CAP, EPS = 15.0, torch.finfo(torch.float32).eps  # F.rms_norm's, also for half precision
+CAP = 15.0
 LEAST_GAIN = 2.0**-60  # in place of gains nearer to 0, as gradients divide by them; not in float16
 CHUNK = 16384  # tokens whose logits are in memory at once: 1.6 GB in bf16 for 50304 of them
 PROGRAMS = 1056  # that sum over tokens, each its part: 8 for each of an H100's 132 processors
-
-PRODUCT_TILE = (256, 128)  # rows and columns of products' tiles: whole heads, for qkv
-# Depth of a tile and loads in flight. Six of 32 in the gradient: 4% faster than three of 64, H100.
-QKV_LOADS, MLP_LOADS, MLP_GRADIENT_LOADS = (32, 4), (64, 3), (32, 6)
 
 ####################################################################################################
 #                                             Kernels                                              #
@@ -77,9 +82,10 @@ if triton is not None:
     @triton.jit
     def norm_gradient_kernel(
         dh, dn, n, gain, scales, dx, sums, tokens, least, turns: tl.constexpr, width: tl.constexpr,
-        PASSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        PASSED: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Program p: dx of its part of the tokens; sums[p]: of dgain, then of dx (= dbias)."""
+        """Program p: dx of its part of the tokens; sums[p]: of dgain, then of dx (= dbias). GIVEN:
+        n is what the norm was given, not what it gave."""
         columns = tl.arange(0, BLOCK)
         g = tl.load(gain + columns, mask=columns < width, other=0.0)[None, :]
         g = tl.where(tl.abs(g) < least, least, g)
@@ -91,7 +97,7 @@ if triton is not None:
             here = rows[:, None].to(tl.int64) * width + columns[None, :]
             inside = (rows < tokens)[:, None] & (columns < width)[None, :]
             s = tl.load(scales + rows, mask=rows < tokens, other=0.0)[:, None]
-            u = tl.load(n + here, mask=inside, other=0.0).to(tl.float32) * back
+            u = tl.load(n + here, mask=inside, other=0.0).to(tl.float32) * (s if GIVEN else back)
             d = tl.load(dn + here, mask=inside, other=0.0).to(tl.float32)
             dgain += d * u
             d *= g
@@ -103,41 +109,6 @@ if triton is not None:
         at = sums + tl.program_id(0) * 2 * width + columns
         tl.store(at, tl.sum(dgain, axis=0), mask=columns < width)
         tl.store(at + width, tl.sum(dbias, axis=0), mask=columns < width)
-
-    @triton.jit
-    def qkv_kernel(
-        A, B, C, table, bias, scales, m, row_tokens, eps, turns: tl.constexpr, n: tl.constexpr,
-        k: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    ):  # fmt: skip
-        """Tiles of C (m, n) = A B^T + bias, of whole heads of HEAD columns each: HEADS for q, for
-        k and for v, those of q and k normed and rotated."""
-        across = tl.cdiv(n, COLUMNS)
-        for turn in tl.range(turns, flatten=True):
-            tile = turn * tl.num_programs(0) + tl.program_id(0)
-            row, column = tile // across * ROWS, tile % across * COLUMNS
-            product = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for depth in range(0, k, DEPTH):
-                product = tl.dot(A.load([row, depth]), B.load([column, depth]).T, product)
-            columns = column + tl.arange(0, COLUMNS)
-            product += tl.load(bias + columns, mask=columns < n, other=0.0)
-            halves = tl.reshape(product, (ROWS, COLUMNS // HEAD, 2, HEAD // 2))
-            a, b = tl.split(tl.permute(halves, (0, 1, 3, 2)))  # (ROWS, heads of a tile, HEAD / 2)
-            rows, heads = row + tl.arange(0, ROWS), column // HEAD + tl.arange(0, COLUMNS // HEAD)
-            s = tl.rsqrt(tl.sum(a * a + b * b, axis=2) / HEAD + eps)
-            turns_it = (rows < m)[:, None] & (heads < 2 * HEADS)[None, :]
-            tl.store(scales + rows[:, None] * (2 * HEADS) + heads[None, :], s, mask=turns_it)
-            if column < 2 * HEADS * HEAD:
-                tokens = row % row_tokens + tl.arange(0, ROWS)
-                angles = tl.load(table + tokens[:, None] * HEAD + tl.arange(0, HEAD)[None, :])
-                angles = tl.permute(tl.reshape(angles, (ROWS, 1, 2, HEAD // 2)), (0, 1, 3, 2))
-                c, d = tl.split(angles.to(tl.float32))
-                a, b = (
-                    tl.where(turns_it[:, :, None], (a * c + b * d) * s[:, :, None], a),
-                    tl.where(turns_it[:, :, None], (b * c - a * d) * s[:, :, None], b),
-                )
-            turned = tl.permute(tl.join(a, b), (0, 1, 3, 2))
-            C.store([row, column], tl.reshape(turned, (ROWS, COLUMNS)).to(C.dtype))
 
     @triton.jit
     def rotary_gradient_kernel(
@@ -180,58 +151,6 @@ if triton is not None:
             tl.store(at + HALF, tl.sum(second, axis=0))
 
     @triton.jit
-    def relu_square_kernel(
-        A, B, C, bias, scale, turns: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
-        SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    ):  # fmt: skip
-        """Tiles of C (m, n) = relu(A B^T + bias)^2, one after the other on each processor.
-
-        A and B of 8 bits are SCALED: the pointer `scale` has what brings their product back.
-        """
-        across = tl.cdiv(n, COLUMNS)
-        for turn in tl.range(turns, flatten=True):
-            tile = turn * tl.num_programs(0) + tl.program_id(0)
-            row, column = tile // across * ROWS, tile % across * COLUMNS
-            product = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for depth in range(0, k, DEPTH):
-                product = tl.dot(A.load([row, depth]), B.load([column, depth]).T, product)
-            columns = column + tl.arange(0, COLUMNS)
-            if SCALED:
-                product *= tl.load(scale)
-            product += tl.load(bias + columns, mask=columns < n, other=0.0)
-            product = tl.where(product < 0, 0.0, product * product)  # as relu, keeps what is NaN
-            C.store([row, column], product.to(C.dtype))
-
-    @triton.jit
-    def relu_square_gradient_kernel(
-        A, B, C, post, sums, m, turns: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    ):  # fmt: skip
-        """Tiles of C (m, n) = (A B) 2 sqrt(post), and of each its sums over the rows.
-
-        Each is finished by halves: one in whole would not fit beside what is loaded for the next.
-        """
-        across, HALF = tl.cdiv(n, COLUMNS), COLUMNS // 2
-        for turn in tl.range(turns, flatten=True):
-            tile = turn * tl.num_programs(0) + tl.program_id(0)
-            i, column = tile // across, tile % across * COLUMNS
-            row = i * ROWS
-            product = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for depth in range(0, k, DEPTH):
-                product = tl.dot(A.load([row, depth]), B.load([depth, column]), product)
-            halves = tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            left *= 2 * tl.sqrt(post.load([row, column]).to(tl.float32))
-            right *= 2 * tl.sqrt(post.load([row, column + HALF]).to(tl.float32))
-            C.store([row, column], left.to(C.dtype))
-            C.store([row, column + HALF], right.to(C.dtype))
-            columns = column + tl.arange(0, COLUMNS // 2)
-            at = sums + i * n + columns
-            limit = tl.where(row < m, n, 0)  # the last turn may have more programs than tiles
-            tl.store(at, tl.sum(left, axis=0), mask=columns < limit)
-            tl.store(at + HALF, tl.sum(right, axis=0), mask=columns + HALF < limit)
-
-    @triton.jit
     def capped_loss_kernel(
         Z, targets, losses, log_sums, cap, bend, n: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
@@ -247,6 +166,27 @@ if triton is not None:
         hit = tl.load(at + tl.load(targets + row)).to(tl.float32)
         tl.store(losses + row, log_sum - hit * tl.rsqrt(hit * hit * bend + 1.0))
         tl.store(log_sums + row, log_sum)
+
+    @triton.jit
+    def gathered_loss_kernel(
+        Z, targets, sums, losses, log_sums, rows, cap, bend, parts: tl.constexpr, n: tl.constexpr,
+        ROWS: tl.constexpr, PARTS: tl.constexpr,
+    ):  # fmt: skip
+        """Program i: what capped_loss_kernel gives, of ROWS rows, from sums (parts, rows) of
+        exp(f - cap)."""
+        row, total = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.zeros((ROWS,), tl.float32)
+        inside = row < rows
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)
+            here = (part < parts)[:, None] & inside[None, :]
+            each = tl.load(sums + part[:, None] * rows + row[None, :], mask=here, other=0.0)
+            total += tl.sum(each, axis=0)
+        log_sum = cap + tl.log(total)
+        target = tl.load(targets + row, mask=inside, other=0)
+        hit = tl.load(Z + row.to(tl.int64) * n + target, mask=inside, other=0.0).to(tl.float32)
+        loss = log_sum - hit * tl.rsqrt(hit * hit * bend + 1.0)
+        tl.store(losses + row, loss, mask=inside)
+        tl.store(log_sums + row, log_sum, mask=inside)
 
     @triton.jit
     def capped_gradient_kernel(
@@ -280,10 +220,13 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+def runs_products(x: Tensor) -> bool:
+    return gluon is not None and runs_triton(x) and is_hopper(x.device)
+
+
 def runs_blocks(embed: Tensor, head_dim: int) -> bool:
     """Whether `fused_trunk` takes a model of these embeddings (tokens, width)."""
-    fits = embed.size(1) % 16 == 0 and 16 <= head_dim == power_of_two(head_dim) <= PRODUCT_TILE[1]
-    return fits and runs_triton(embed) and is_hopper(embed.device)
+    return embed.size(1) % 16 == 0 and head_dim == HEAD_DIM and runs_products(embed)
 
 
 def power_of_two(width: int) -> int:
@@ -316,23 +259,24 @@ def norm_by_torch(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tenso
 
 
 def norm_gradient_by_triton(
-    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
+    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor, given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, width), rows, dx = n.shape, 1, torch.empty_like(n)
     sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=n.device)
     norm_gradient_kernel[(PROGRAMS,)](
         dh, dn.contiguous(), n, gain, scales, dx, sums, tokens, LEAST_GAIN,
-        turns=triton.cdiv(tokens, PROGRAMS * rows), width=width, PASSED=dh is not None, ROWS=rows,
-        BLOCK=power_of_two(width), num_warps=max(1, power_of_two(width) // 1024),
+        turns=triton.cdiv(tokens, PROGRAMS * rows), width=width, PASSED=dh is not None,
+        GIVEN=given, ROWS=rows, BLOCK=power_of_two(width),
+        num_warps=max(1, power_of_two(width) // 1024),
     )  # fmt: skip
     return dx, *sums.sum(dim=0)
 
 
 def norm_gradient_by_torch(
-    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
+    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor, given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     gain = no_zeros(gain)
-    u, d = n / gain, dn * gain
+    u, d = n * scales[:, None] if given else n / gain, dn * gain
     dx = (d - u * (d * u).mean(dim=1, keepdim=True)) * scales[:, None]
     dx = dx if dh is None else dx + dh
     return dx.to(n.dtype), (dn * u).sum(dim=0), dx.sum(dim=0)
@@ -344,26 +288,34 @@ def norm(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_gradient(
-    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
+    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor, given: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of h, gain and the last bias in shift. dh: what reaches h by other ways than n."""
+    """Of h, gain and the last bias in shift. dh: what reaches h by other ways than n. given: in the
+    place of n stands h, and there is no shift."""
     by = norm_gradient_by_triton if runs_triton(n) else norm_gradient_by_torch
-    return by(dh, dn, n, gain, scales)
+    return by(dh, dn, n, gain, scales, given)
 
 
-class Norm(torch.autograd.Function):
-    """The norm of h (tokens, width) and shift; gain and shift (width) in float32."""
+class FirstNorms(torch.autograd.Function):
+    """h, the norm of x (tokens, width), and n, the norm of h; gains (width) in float32.
 
-    @staticmethod
-    def forward(ctx, h: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
-        n, scales = norm(h, shift, gain)
-        ctx.save_for_backward(n, gain, scales)
-        return n
+    What follows adds to h in its place: backwards its norm is undone from x.
+    """
 
     @staticmethod
-    def backward(ctx, dn: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dgain, _ = norm_gradient(None, dn, *ctx.saved_tensors)
-        return dx, None, dgain
+    def forward(ctx, x: Tensor, gain: Tensor, next_gain: Tensor) -> tuple[Tensor, Tensor]:
+        shift = torch.zeros_like(gain)
+        h, scales = norm(x, shift, gain)
+        n, next_scales = norm(h, shift, next_gain)
+        ctx.save_for_backward(x, gain, scales, n, next_gain, next_scales)
+        return h, n
+
+    @staticmethod
+    def backward(ctx, dh: Tensor, dn: Tensor) -> tuple[Tensor, ...]:
+        x, gain, scales, *rest = ctx.saved_tensors
+        dh, next_dgain, _ = norm_gradient(dh, dn, *rest)
+        dx, dgain, _ = norm_gradient(None, dh, x, gain, scales, given=True)
+        return dx, dgain, next_dgain
 
 
 ####################################################################################################
@@ -400,42 +352,6 @@ class AddProduct(torch.autograd.Function):
         x, W, *rest = ctx.saved_tensors
         dh, dgain, dbias = norm_gradient(dh, dn, *rest)
         return dh, dh @ W, weight_gradient(dh, x), dbias, None, dgain
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def tiles_of(*blocks: tuple[Tensor, list[int]]) -> list:
-    return [TensorDescriptor.from_tensor(whole.contiguous(), block) for whole, block in blocks]
-
-
-def turns_of(C: Tensor) -> int:
-    """How many tiles of C (m, n) each processor computes."""
-    tiles = triton.cdiv(len(C), PRODUCT_TILE[0]) * triton.cdiv(C.size(1), PRODUCT_TILE[1])
-    return triton.cdiv(tiles, processors(C.device))
-
-
-def angles_of(cos: Tensor, sin: Tensor) -> Tensor:
-    """(row_tokens and a tile more, head_dim): a tile may begin at any token of a row."""
-    tokens = torch.arange(len(cos) + PRODUCT_TILE[0], device=cos.device) % len(cos)
-    return torch.cat([cos, sin], dim=-1)[tokens, 0].half()  # to 1/8 of what bfloat16 rounds
-
-
-def qkv_by_triton(
-    x: Tensor, W: Tensor, b: Tensor, cos: Tensor, sin: Tensor, angles: Tensor
-) -> tuple[Tensor, Tensor]:
-    (rows, columns), (depth, stages), head_dim = PRODUCT_TILE, QKV_LOADS, angles.size(1)
-    qkv, heads = x.new_empty(len(x), len(W)), len(W) // (3 * head_dim)
-    scales = torch.empty(len(x), 2, heads, dtype=torch.float32, device=x.device)
-    tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (qkv, [rows, columns]))
-    qkv_kernel[(processors(x.device),)](
-        *tiles, angles, b, scales, len(x), len(cos), EPS, turns=turns_of(qkv), n=len(W),
-        k=x.size(1), HEADS=heads, HEAD=head_dim, ROWS=rows, COLUMNS=columns, DEPTH=depth,
-        num_warps=8, num_stages=stages,
-    )  # fmt: skip
-    return qkv.view(len(x), 3, heads, head_dim), scales
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -485,11 +401,11 @@ class QKV(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, cos: Tensor, sin: Tensor, angles: Tensor | None, *layers: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.half = runs_triton(x)
+        ctx.half = angles is not None
         W, b = x.new_empty(3, *layers[0].shape), torch.stack(layers[3:])
         torch._foreach_copy_([*W], layers[:3])  # casts
         W, b = W.flatten(0, 1), b.flatten()
-        qkv, scales = (qkv_by_triton if ctx.half else qkv_by_torch)(x, W, b, cos, sin, angles)
+        qkv, scales = (qkv_by_gluon if ctx.half else qkv_by_torch)(x, W, b, cos, sin, angles)
         ctx.save_for_backward(x, W, qkv, cos, sin, scales)
         return qkv.unbind(dim=1)
 
@@ -517,21 +433,6 @@ def eight_bits(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor
     return torch.mul(x, 1 / scale, out=rounded), scale
 
 
-def relu_square_by_triton(
-    x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None, dtype=torch.bfloat16
-) -> Tensor:
-    """(tokens, n); x and W of 8 bits with the scale of their product, post then in `dtype`."""
-    (rows, columns), (depth, stages) = PRODUCT_TILE, MLP_LOADS
-    depth, dtype = (depth, x.dtype) if scale is None else (2 * depth, dtype)
-    post = x.new_empty(len(x), len(W), dtype=dtype)
-    tiles = tiles_of((x, [rows, depth]), (W, [columns, depth]), (post, [rows, columns]))
-    relu_square_kernel[(processors(x.device),)](
-        *tiles, b, scale, turns=turns_of(post), n=len(W), k=x.size(1), SCALED=scale is not None,
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=8, num_stages=stages,
-    )  # fmt: skip
-    return post
-
-
 def relu_square_by_torch(
     x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None, dtype=torch.bfloat16
 ) -> Tensor:
@@ -539,20 +440,6 @@ def relu_square_by_torch(
         x, W, b = x.float() * scale, W.float(), b.float()
         return torch.addmm(b, x, W.mT).relu().square().to(dtype)
     return torch.addmm(b.type_as(x), x, W.mT).relu().square()
-
-
-def relu_square_gradient_by_triton(
-    dy: Tensor, V: Tensor, post: Tensor
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dpre, (m, n) = torch.empty_like(post), post.shape
-    (rows, columns), (depth, stages) = PRODUCT_TILE, MLP_GRADIENT_LOADS
-    sums, half = post.new_empty(triton.cdiv(m, rows), n, dtype=torch.float32), [rows, columns // 2]
-    tiles = tiles_of((dy, [rows, depth]), (V, [depth, columns]), (dpre, half), (post, half))
-    relu_square_gradient_kernel[(processors(dy.device),)](
-        *tiles, sums, m, turns=turns_of(post), n=n, k=dy.size(1), ROWS=rows, COLUMNS=columns,
-        DEPTH=depth, num_warps=8, num_stages=stages,
-    )  # fmt: skip
-    return dpre, sums.sum(dim=0)
 
 
 def relu_square_gradient_by_torch(dy: Tensor, V: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
@@ -576,13 +463,13 @@ class AddSquaredReluMLP(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(h)
         W, V = weight.to(x.dtype), proj.to(x.dtype)
-        ctx.half = runs_triton(x) and is_hopper(x.device)
+        ctx.half = runs_products(x)
         inputs = x, W, b
         if x_gain is not None:  # |x| <= |gain| sqrt(width), as |v| <= rms(v) sqrt(width)
             x8, of_x = eight_bits(x, x_gain.abs().amax() * len(x_gain) ** 0.5)
             W8, of_W = eight_bits(W)
             inputs = x8, W8, b, of_x * of_W, x.dtype
-        post = (relu_square_by_triton if ctx.half else relu_square_by_torch)(*inputs)
+        post = (relu_square_by_gluon if ctx.half else relu_square_by_torch)(*inputs)
         n, scales = norm(h.addmm_(post, V.mT), shift, gain)
         ctx.save_for_backward(x, W, V, post, n, gain, scales)
         return h, n
@@ -591,7 +478,7 @@ class AddSquaredReluMLP(torch.autograd.Function):
     def backward(ctx, dh: Tensor | None, dn: Tensor) -> tuple[Tensor | None, ...]:
         x, W, V, post, *rest = ctx.saved_tensors
         dh, dgain, dbias = norm_gradient(dh, dn, *rest)
-        by = relu_square_gradient_by_triton if ctx.half else relu_square_gradient_by_torch
+        by = relu_square_gradient_by_gluon if ctx.half else relu_square_gradient_by_torch
         dpre, db = by(dh, V, post)
         dW, dV = weight_gradient(dpre, x), weight_gradient(dh, post)
         return dh, dpre @ W, dW, db, dV, dbias, None, dgain, None
@@ -602,11 +489,11 @@ def fused_trunk(
     sin: Tensor, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """x (rows, row_tokens, width) through train_gpt.py's blocks, and the norms around them."""
-    shape, angles = x.shape, angles_of(cos, sin) if runs_triton(x) else None
+    shape, by_heads = x.shape, runs_products(x) and 2 * cos.size(-1) == HEAD_DIM
+    angles = angles_of(cos, sin) if by_heads else None
     biases = [b.detach() for each in blocks for b in (each.attn.proj.bias, each.mlp.proj.bias)]
-    first, *shifts = torch.stack([torch.zeros_like(biases[0]), *biases]).cumsum(dim=0)
-    h = Norm.apply(x.flatten(0, 1), first, norm1.gain).clone()  # what is added takes its place
-    n = Norm.apply(h, first, blocks[0].norm1.gain)
+    shifts = torch.stack(biases).cumsum(dim=0).unbind()
+    h, n = FirstNorms.apply(x.flatten(0, 1), norm1.gain, blocks[0].norm1.gain)
     for i, block in enumerate(blocks):
         attn, mlp = block.attn, block.mlp
         layers = attn.q, attn.k, attn.v
@@ -629,6 +516,16 @@ def capped_loss_by_triton(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
     capped_loss_kernel[(len(z),)](
         z, targets, losses, log_sums, CAP, CAP**-2, n=z.size(1), BLOCK=2048, num_warps=4
+    )  # fmt: skip
+    return losses, log_sums
+
+
+def gathered_loss(z: Tensor, targets: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """capped_loss of z (rows, n) from sums (parts, rows) of exp(f - CAP), on a GPU."""
+    losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
+    gathered_loss_kernel[(triton.cdiv(len(z), 64),)](
+        z, targets, sums, losses, log_sums, len(z), CAP, CAP**-2, parts=len(sums), n=z.size(1),
+        ROWS=64, PARTS=32, num_warps=4,
     )  # fmt: skip
     return losses, log_sums
 
@@ -662,7 +559,9 @@ class Logits:
     """z = x W^T + b of chunks of x; in 8 bits where wanted, emulated on devices without them."""
 
     def __init__(self, x: Tensor, W: Tensor, b: Tensor, fp8: bool) -> None:
-        self.x, self.W, self.b, self.fp8 = x, W, b, fp8
+        self.x, self.W, self.fp8, self.half = x, W, fp8, runs_triton(x)
+        self.sums_powers = not fp8 and runs_products(x) and len(W) % 128 == 0
+        self.b = b if self.sums_powers else b.type_as(x)
         if fp8:
             (self.x, self.scale_x), (self.W, self.scale_W) = eight_bits(x), eight_bits(W)
 
@@ -675,6 +574,14 @@ class Logits:
         x, W = self.x[part].float() * self.scale_x, self.W.float() * self.scale_W
         return torch.addmm(self.b.float(), x, W.mT).to(self.b.dtype)
 
+    def losses_of(self, part: slice, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (rows, n), and of each row the loss and the logarithm of its sum of exp(f)."""
+        if self.sums_powers:
+            z, sums = logits_by_gluon(self.x[part], self.W, self.b, CAP)
+            return z, *gathered_loss(z, targets, sums)
+        z = self.of(part)
+        return z, *(capped_loss_by_triton if self.half else capped_loss_by_torch)(z, targets)
+
 
 class CappedLoss(torch.autograd.Function):
     """Gradients are made in the forward pass, those of weight and bias summed in float32."""
@@ -684,8 +591,7 @@ class CappedLoss(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learns: bool, fp8: bool
     ) -> Tensor:  # fmt: skip
         W, half = weight.type_as(x), runs_triton(x)
-        logits = Logits(x, W, bias.type_as(x), fp8)
-        capped = capped_loss_by_triton if half else capped_loss_by_torch
+        logits = Logits(x, W, bias, fp8)
         gradient = capped_gradient_by_triton if half else capped_gradient_by_torch
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         if learns:
@@ -693,8 +599,7 @@ class CappedLoss(torch.autograd.Function):
             ctx.save_for_backward(dx, dW, db)
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
-            z = logits.of(part)
-            losses, log_sums = capped(z, targets[part])
+            z, losses, log_sums = logits.losses_of(part, targets[part])
             loss += losses.sum()
             if learns:
                 db += gradient(z, targets[part], log_sums)
@@ -708,7 +613,10 @@ class CappedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None, None
+        grads = ctx.saved_tensors
+        for each in grads:  # in its place: PyTorch then refuses to go backwards again
+            torch._foreach_mul_([each], grad.to(each.dtype))  # vectorized, as mul_ is not
+        return *grads, None, None, None
 
 
 def capped_loss(

@@ -30,13 +30,13 @@ class Driver:  # of a Hopper GPU that loads nothing
         raise RuntimeError("launched")
 
 triton.runtime.driver.set_active(Driver())
-torch.cuda.set_device = kernels.processors = lambda _: 132
+torch.cuda.set_device = kernels.products.processors = lambda _: 132
 x, W, b = torch.zeros(512, 64).bfloat16(), torch.zeros(256, 64).bfloat16(), torch.zeros(256)
 targets, post, losses = torch.zeros(256, dtype=torch.int64), torch.zeros(512, 256).bfloat16(), b
 calls = [lambda: kernels.norm_by_triton(x, b[:64], b[:64]),
          lambda: kernels.norm_gradient_by_triton(x, x, x, b[:64], losses),
-         lambda: kernels.relu_square_by_triton(x, W, b),
-         lambda: kernels.relu_square_gradient_by_triton(x, W.mT.contiguous(), post),
+         lambda: kernels.relu_square_by_gluon(x, W, b),
+         lambda: kernels.relu_square_gradient_by_gluon(x, W.mT.contiguous(), post),
          lambda: kernels.capped_loss_by_triton(W, targets),
          lambda: kernels.capped_gradient_by_triton(W, targets, losses)]
 with compiled_ahead(torch.device("cuda", 0), lambda: [call() for call in calls + calls]):

@@ -1,0 +1,139 @@
+"""kernels/products.py: compiled for a Hopper GPU anywhere, on one compared with PyTorch."""
+
+import pytest
+import torch
+from conftest import ROOT, in_fresh_python
+
+import kernels
+from kernels import products
+
+COMPILE = """
+import re, subprocess, tempfile, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from kernels import products as P
+def block(kind, *shape):
+    layout = P.layout_of(shape, getattr(torch, kind))
+    short = dict(bfloat16="bf16", float8_e4m3fn="fp8e4nv")[kind]
+    return f"tensordesc<{short}{list(shape)},{layout!r}>"
+numbers = "m n k groups row_tokens"
+kinds = P.RELU_SQUARE, P.RELU_SQUARE, P.GRADIENT, P.QKV, P.LOGITS
+for kind, scaled in zip(kinds, (False, True, False, False, False)):
+    of, depth = ("float8_e4m3fn", 128) if scaled else ("bfloat16", 64)
+    half = block("bfloat16", 128, 64)
+    types = dict(A=block(of, 128, depth), C=half, more=half, eps="fp32")
+    if kind == P.LOGITS:
+        types["eps"] = "fp32", "fp32"
+    types["B"] = block(of, *((depth, 128) if kind == P.GRADIENT else (128, depth)))
+    types |= dict.fromkeys("bias scale out".split(), "*fp32")
+    types |= dict.fromkeys(numbers.split(), "i32")
+    given = dict(KIND=kind, SCALED=scaled, LOADS_A=P.LOADS_A, LOADS_B=P.LOADS_B)
+    types |= dict.fromkeys(given, "constexpr")
+    types = {name: types[name] for name in P.product_kernel.arg_names}
+    source = GluonASTSource(P.product_kernel, types, given)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=P.warps_of(kind))
+    assert made.metadata.shared <= 227 * 1024, "more than a processor has"
+    text = made.asm["ptx"]
+    assert "wgmma" in text and "cp.async.bulk.tensor" in text and "setmaxnreg" in text
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(text)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name]
+        command += ["-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert re.findall(r"(\\d+) bytes spill", said) == ["0", "0"], said
+print("compiled")
+"""
+SIZES = [(40000, 768, 3072), (1000, 128, 768), (300, 64, 256), (200, 40, 136), (3, 16, 24)]
+
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and kernels.is_hopper("cuda")),
+    reason="no Hopper GPU: what the products compute can be tried on one only",
+)
+
+
+def parts(m: int, k: int, n: int) -> list[torch.Tensor]:
+    """x (m, k), W (n, k), V (k, n), dy (m, k), all in bfloat16 on the GPU, and b (n)."""
+    generator = torch.Generator("cuda").manual_seed(m)
+    how = dict(device="cuda", generator=generator)
+    x, W, V, dy = (torch.randn(*s, **how) for s in ((m, k), (n, k), (k, n), (m, k)))
+    return [*(t.bfloat16() for t in (x, W / k**0.5, V, dy)), torch.randn(n, **how)]
+
+
+def apart(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def test_they_compile_for_a_gpu_that_is_not_there_and_nothing_is_spilled() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: nothing to compile with")
+    code, out, err = in_fresh_python("-c", COMPILE, cwd=ROOT)
+    assert (code, out) == (0, "compiled\n"), err
+
+
+@needs_hopper
+@pytest.mark.parametrize("m, k, n", SIZES)
+def test_relu_square_and_its_gradient_are_those_of_pytorch(m: int, k: int, n: int) -> None:
+    """Of float64 from the same bfloat16, to what rounding to bfloat16 costs."""
+    x, W, V, dy, b = parts(m, k, n)
+    post = kernels.relu_square_by_gluon(x, W, b)
+    assert 0.2 < (post > 0).float().mean()
+    assert apart(post, kernels.relu_square_by_torch(*(t.double() for t in (x, W, b)))) < 3e-3
+    dpre, db = kernels.relu_square_gradient_by_gluon(dy, V, post)
+    exact = kernels.relu_square_gradient_by_torch(*(t.double() for t in (dy, V, post)))
+    assert apart(dpre, exact[0]) < 3e-3 and apart(db, exact[1]) < 1e-5
+
+
+@needs_hopper
+def test_nan_stays_in_its_row() -> None:
+    x, W, *_, b = parts(300, 64, 256)
+    x[7, 3] = float("nan")
+    post = kernels.relu_square_by_gluon(x, W, b)
+    assert post[7].isnan().all() and post.isnan().sum() == 256
+
+
+@needs_hopper
+@pytest.mark.parametrize("m, k, n", [size for size in SIZES if size[1] % 16 == 0])
+def test_products_of_8_bits_are_those_of_pytorch(m: int, k: int, n: int) -> None:
+    """The tensor cores add fewer bits of such products than float32 has."""
+    x, W, *_, b = parts(m, k, n)
+    (x8, of_x), (W8, of_W) = kernels.eight_bits(x), kernels.eight_bits(W)
+    post = kernels.relu_square_by_gluon(x8, W8, b, of_x * of_W)
+    exact = kernels.relu_square_by_torch(x8, W8, b, of_x * of_W, torch.float32)
+    assert post.dtype == torch.bfloat16 and apart(post, exact) < 5e-3
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens, row_tokens, heads", [(8192, 1024, 6), (900, 300, 5), (80, 40, 1)])
+def test_qkv_is_that_of_pytorch(tokens: int, row_tokens: int, heads: int) -> None:
+    dim = products.HEAD_DIM
+    x, W, *_, b = parts(tokens, 48, 3 * heads * dim)
+    rotation = torch.randn(row_tokens, 1, dim // 2, device="cuda")
+    tables = rotation.cos(), rotation.sin()
+    found = kernels.qkv_by_gluon(x, W, b, *tables, kernels.angles_of(*tables))
+    exact = kernels.qkv_by_torch(*(t.double() for t in (x, W, b, *tables)), None)
+    assert apart(found[0], exact[0]) < 3e-3 and apart(found[1], exact[1]) < 1e-5
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens, n", [(2000, 50304), (300, 256), (5, 128)])
+def test_logits_come_with_the_sums_of_their_powers(tokens: int, n: int) -> None:
+    """z is that of float64 but for rounding, loss and log sums are those of the rounded z."""
+    x, W, *_, b = parts(tokens, 64, n)
+    z, sums = kernels.logits_by_gluon(x, 4 * W, b, kernels.CAP)
+    assert apart(z, 4 * x.double() @ W.double().mT + b.double()) < 3e-3
+    targets = torch.randint(n, (tokens,), device="cuda")
+    found = kernels.gathered_loss(z, targets, sums)
+    for one, exact in zip(found, kernels.capped_loss_by_torch(z, targets), strict=True):
+        assert apart(one, exact) < 1e-5
+
+
+@needs_hopper
+def test_twice_the_same_gives_the_same_bits() -> None:
+    x, W, V, dy, b = parts(*SIZES[0])
+    post = kernels.relu_square_by_gluon(x, W, b)
+    for _ in range(5):
+        assert torch.equal(kernels.relu_square_by_gluon(x, W, b), post)
+        z = kernels.logits_by_gluon(dy, W, b, kernels.CAP)
+        assert all(map(torch.equal, z, kernels.logits_by_gluon(dy, W, b, kernels.CAP)))
+        both = [kernels.relu_square_gradient_by_gluon(dy, V, post) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
