@@ -676,8 +676,8 @@ class Trainer:
             group["lr"] = group["initial_lr"] * factor
         for work in self.head_sums:
             work.wait()
-        norms = torch._foreach_norm([p.grad for p in self.model.parameters()], math.inf)
-        self.bad_grads += torch.stack([norm.float() for norm in norms]).isfinite().logical_not()
+        norms = torch._foreach_norm([p.grad.float() for p in self.model.parameters()], math.inf)
+        self.bad_grads += torch.stack(norms).isfinite().logical_not()  # of one dtype: in one pass
         works, grads = [], [p.grad for group in self.adamw.param_groups for p in group["params"]]
         if dist.is_initialized():
             small = [g for g in grads if g.ndim < 2]  # these travel together

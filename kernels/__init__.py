@@ -523,9 +523,9 @@ def capped_loss_by_triton(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def gathered_loss(z: Tensor, targets: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """capped_loss of z (rows, n) from sums (parts, rows) of exp(f - CAP), on a GPU."""
     losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
-    gathered_loss_kernel[(triton.cdiv(len(z), 64),)](
+    gathered_loss_kernel[(triton.cdiv(len(z), 32),)](
         z, targets, sums, losses, log_sums, len(z), CAP, CAP**-2, parts=len(sums), n=z.size(1),
-        ROWS=64, PARTS=32, num_warps=4,
+        ROWS=32, PARTS=64, num_warps=4,
     )  # fmt: skip
     return losses, log_sums
 

@@ -50,8 +50,9 @@ if gluon is not None:
 
     @gluon.jit
     def place_of(item, down, across, groups, KIND: gl.constexpr):
-        """First row and column of a tile. Row by row of tiles; for a gradient a group of programs
-        goes down its columns one after the other: sums over rows stay in registers till then."""
+        """First row and column of a tile, row by row of tiles. For a gradient a group of programs
+        goes down one of its columns, then the next: sums over rows stay in registers till then. So
+        do all for logits, whose B is larger than A."""
         if KIND == GRADIENT or KIND == LOGITS:
             group = gl.program_id(0) // (gl.num_programs(0) // groups)
             row, column = item % down, group * (across // groups) + item // down
@@ -60,10 +61,22 @@ if gluon is not None:
         return row * (2 * ROWS), column * COLUMNS
 
     @gluon.jit
-    def load_part(
-        given, parts, bars, sizes, row_tokens, KIND: gl.constexpr, LOWER: gl.constexpr
-    ):  # fmt: skip
+    def load_more(more, p, ready, row, column, across, row_tokens, KIND: gl.constexpr):
+        """What the end of a tile takes: its part of post, or the angles of its tokens, for q, k."""
+        if KIND == GRADIENT or 3 * column < 2 * across * COLUMNS:
+            at, along = row, column
+            if KIND == QKV:
+                at, along = row % row_tokens, 0
+            mbarrier.expect(ready, 2 * more.block_type.nbytes)
+            load_block(more, [at, along], ready, p.index(0))
+            load_block(more, [at, along + HALF], ready, p.index(1))
+        else:
+            mbarrier.arrive(ready)
+
+    @gluon.jit
+    def load_part(work, row_tokens, KIND: gl.constexpr, LOWER: gl.constexpr):
         """One warp: a group's rows of A and what its ends take, for the upper group also B."""
+        given, parts, bars, sizes, ends = work
         A, B, C, more = given
         a, b, p = parts
         a_ready, a_empty, b_ready, b_empty, p_ready, p_empty = bars
@@ -91,12 +104,7 @@ if gluon is not None:
                 if KIND == GRADIENT or KIND == QKV:
                     if step == gl.maximum(steps - 2, gl.minimum(steps - 1, 1)):  # A and B first
                         mbarrier.wait(p_empty, turn & 1 ^ 1)
-                        mbarrier.expect(p_ready, 2 * more.block_type.nbytes)
-                        at, along = row % row_tokens, 0
-                        if KIND == GRADIENT:
-                            at, along = row, column
-                        load_block(more, [at, along], p_ready, p.index(0))
-                        load_block(more, [at, along + HALF], p_ready, p.index(1))
+                        load_more(more, p, p_ready, row, column, across, row_tokens, KIND)
 
     @gluon.jit
     def multiply(parts, bars, i, turn, steps, KIND: gl.constexpr):
@@ -148,8 +156,9 @@ if gluon is not None:
         store_block(C, [row, column], p)
 
     @gluon.jit
-    def gradient_part(given, parts, bars, sizes, ends, LOWER: gl.constexpr):
-        """As product_part, for a gradient."""
+    def gradient_part(work, LOWER: gl.constexpr):
+        """A group's part of (A B) 2 sqrt(post), and of its sums over rows."""
+        given, parts, bars, sizes, ends = work
         A, B, C, more = given
         a, b, p = parts
         a_ready, a_empty, b_ready, b_empty, p_ready, p_empty = bars
@@ -183,6 +192,7 @@ if gluon is not None:
 
     @gluon.jit
     def rotated(left, right, p, p_ready, turn, row, head, heads, ends):
+        """Both halves of a head, for q and k of norm 1 and rotated; stores what it took."""
         bias, scale, out, m, n, eps = ends
         half: gl.constexpr = left.type.layout
         s = gl.rsqrt(gl.sum(left * left + right * right, axis=1) / COLUMNS + eps)
@@ -198,11 +208,9 @@ if gluon is not None:
         return left, right
 
     @gluon.jit
-    def product_part(
-        given, parts, bars, sizes, ends, KIND: gl.constexpr, LOWER: gl.constexpr,
-        SCALED: gl.constexpr,
-    ):  # fmt: skip
-        """Four warps: 128 rows of each tile, from the product to what is written."""
+    def product_part(work, KIND: gl.constexpr, LOWER: gl.constexpr, SCALED: gl.constexpr):
+        """A group's part of a product with its bias, and the ends other than a gradient's."""
+        given, parts, bars, sizes, ends = work
         A, B, C, more = given
         a, b, p = parts
         a_ready, a_empty, b_ready, b_empty, p_ready, p_empty = bars
@@ -237,6 +245,14 @@ if gluon is not None:
         tma.store_wait(0)
 
     @gluon.jit
+    def group_part(work, KIND: gl.constexpr, LOWER: gl.constexpr, SCALED: gl.constexpr):
+        """Four warps: 128 rows of each tile, from the product to what is written."""
+        if KIND == GRADIENT:
+            gradient_part(work, LOWER)
+        else:
+            product_part(work, KIND, LOWER, SCALED)
+
+    @gluon.jit
     def powers_of(p, cap, bend):
         """Sums of exp(f - cap) over the columns of p (128, 64), f = z / sqrt(bend z^2 + 1)."""
         layout: gl.constexpr = gl.BlockedLayout([1, 64], [32, 1], [4, 1], [1, 0])
@@ -245,25 +261,28 @@ if gluon is not None:
         return gl.sum(gl.exp(f - cap), axis=1)
 
     @gluon.jit
-    def powers_part(upper, lower, bars, sizes, ends):
+    def store_powers(at, p, ready, empty, turn, row, m, cap, bend):
+        mbarrier.wait(ready, turn & 1)
+        total = powers_of(p.index(0), cap, bend) + powers_of(p.index(1), cap, bend)
+        mbarrier.arrive(empty)
+        rows = row + gl.arange(0, ROWS, total.type.layout)
+        gl.store(at + rows, total, mask=rows < m)
+
+    @gluon.jit
+    def powers_part(first, second):
         """Four warps more, for logits: from what the others have stored, while these go on."""
-        ready, empty, lower_ready, lower_empty = bars
+        given, upper, upper_bars, sizes, ends = first
+        given, lower, lower_bars, sizes, ends = second
         down, across, groups, steps = sizes
         bias, scale, out, m, n, eps = ends
         cap, bend = eps
         turns, member, members = share_of(down, across, groups)
         for turn in range(turns):
             row, column = place_of(turn * members + member, down, across, groups, LOGITS)
-            at = out + column // COLUMNS * m + row
-            mbarrier.wait(ready, turn & 1)
-            total = powers_of(upper.index(0), cap, bend) + powers_of(upper.index(1), cap, bend)
-            mbarrier.arrive(empty)
-            each = gl.arange(0, ROWS, total.type.layout)
-            gl.store(at + each, total, mask=row + each < m)
-            mbarrier.wait(lower_ready, turn & 1)
-            total = powers_of(lower.index(0), cap, bend) + powers_of(lower.index(1), cap, bend)
-            mbarrier.arrive(lower_empty)
-            gl.store(at + ROWS + each, total, mask=row + ROWS + each < m)
+            at = out + column // COLUMNS * m
+            store_powers(at, upper[2], upper_bars[4], upper_bars[5], turn, row, m, cap, bend)
+            row += ROWS
+            store_powers(at, lower[2], lower_bars[4], lower_bars[5], turn, row, m, cap, bend)
 
     @gluon.jit
     def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
@@ -271,6 +290,15 @@ if gluon is not None:
         for i in gl.static_range(COUNT):
             mbarrier.init(made.index(i), count=ARRIVALS)
         return made
+
+    @gluon.jit
+    def memory_of(A, C, b, b_bars, LOADS: gl.constexpr):
+        """What a group has for itself, beside what both have of B: memory, barriers."""
+        a = gl.allocate_shared_memory(A.dtype, [LOADS] + A.block_type.shape, A.layout)
+        p = gl.allocate_shared_memory(C.dtype, [2, ROWS, HALF], C.layout)
+        p_bars = barriers(2, 1)
+        bars = (barriers(LOADS, 1), barriers(LOADS, 1)) + b_bars
+        return (a, b, p), bars + (p_bars.index(0), p_bars.index(1))
 
     @gluon.jit
     def product_kernel(
@@ -285,45 +313,23 @@ if gluon is not None:
         of powers (n / 128, m). scale: what brings products of 8 bits back. eps: of a norm, or of
         logits (cap, bend).
         """
-        half: gl.constexpr = [2, ROWS, HALF]
         b = gl.allocate_shared_memory(B.dtype, [LOADS_B] + B.block_type.shape, B.layout)
-        upper = gl.allocate_shared_memory(A.dtype, [LOADS_A] + A.block_type.shape, A.layout)
-        lower = gl.allocate_shared_memory(A.dtype, [LOADS_A] + A.block_type.shape, A.layout)
-        upper_p = gl.allocate_shared_memory(C.dtype, half, C.layout)
-        lower_p = gl.allocate_shared_memory(C.dtype, half, C.layout)
         b_bars = barriers(LOADS_B, 1), barriers(LOADS_B, 2)
-        p_bars = barriers(4, 1)
-        upper_bars = barriers(LOADS_A, 1), barriers(LOADS_A, 1)
-        lower_bars = barriers(LOADS_A, 1), barriers(LOADS_A, 1)
-        upper_bars = upper_bars + b_bars + (p_bars.index(0), p_bars.index(1))
-        lower_bars = lower_bars + b_bars + (p_bars.index(2), p_bars.index(3))
-        above, below = (upper, b, upper_p), (lower, b, lower_p)
-        given = A, B, C, more
-        steps = gl.cdiv(k, A.block_type.shape[1])
+        upper, upper_bars = memory_of(A, C, b, b_bars, LOADS_A)
+        lower, lower_bars = memory_of(A, C, b, b_bars, LOADS_A)
+        given, steps = (A, B, C, more), gl.cdiv(k, A.block_type.shape[1])
         sizes = gl.cdiv(m, 2 * ROWS), gl.cdiv(n, COLUMNS), groups, steps
         ends = bias, scale, out, m, n, eps
-        load_upper = given, above, upper_bars, sizes, row_tokens, KIND, False
-        load_lower = given, below, lower_bars, sizes, row_tokens, KIND, True
-        if KIND == GRADIENT:
+        first = given, upper, upper_bars, sizes, ends
+        second = given, lower, lower_bars, sizes, ends
+        if KIND == LOGITS:  # warps, and registers of a thread; the first has those that are left
             gl.warp_specialize(
                 [
-                    (gradient_part, (given, above, upper_bars, sizes, ends, False)),
-                    (gradient_part, (given, below, lower_bars, sizes, ends, True)),
-                    (load_part, load_upper),
-                    (load_part, load_lower),
-                ],
-                [4, 1, 1],
-                [232, 24, 24],  # registers of a thread; the upper group has the rest
-            )
-        elif KIND == LOGITS:
-            p_bars = p_bars.index(0), p_bars.index(1), p_bars.index(2), p_bars.index(3)
-            gl.warp_specialize(
-                [
-                    (product_part, (given, above, upper_bars, sizes, ends, KIND, False, SCALED)),
-                    (product_part, (given, below, lower_bars, sizes, ends, KIND, True, SCALED)),
-                    (powers_part, (upper_p, lower_p, p_bars, sizes, ends)),
-                    (load_part, load_upper),
-                    (load_part, load_lower),
+                    (group_part, (first, KIND, False, SCALED)),
+                    (group_part, (second, KIND, True, SCALED)),
+                    (powers_part, (first, second)),
+                    (load_part, (first, row_tokens, KIND, False)),
+                    (load_part, (second, row_tokens, KIND, True)),
                 ],
                 [4, 4, 1, 1],
                 [200, 88, 24, 24],
@@ -331,10 +337,10 @@ if gluon is not None:
         else:
             gl.warp_specialize(
                 [
-                    (product_part, (given, above, upper_bars, sizes, ends, KIND, False, SCALED)),
-                    (product_part, (given, below, lower_bars, sizes, ends, KIND, True, SCALED)),
-                    (load_part, load_upper),
-                    (load_part, load_lower),
+                    (group_part, (first, KIND, False, SCALED)),
+                    (group_part, (second, KIND, True, SCALED)),
+                    (load_part, (first, row_tokens, KIND, False)),
+                    (load_part, (second, row_tokens, KIND, True)),
                 ],
                 [4, 1, 1],
                 [232, 24, 24],
@@ -415,6 +421,5 @@ def logits_by_gluon(x: Tensor, W: Tensor, b: Tensor, cap: float) -> tuple[Tensor
     over 128 columns each, f = z / sqrt(z^2 / cap^2 + 1)."""
     z, parts = x.new_empty(len(x), len(W)), len(W) // 128
     sums = torch.empty(parts, len(x), dtype=torch.float32, device=x.device)
-    groups = math.gcd(parts, processors(x.device))
-    launch(LOGITS, x, W, z, z, b, out=sums, groups=groups, eps=(cap, cap**-2))
+    launch(LOGITS, x, W, z, z, b, out=sums, eps=(cap, cap**-2))
     return z, sums

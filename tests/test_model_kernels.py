@@ -103,7 +103,7 @@ losses = {half: "Z", wide: "losses log_sums", "*i64": "targets"}
 build(K.capped_loss_kernel, losses, dict(cap="fp32", bend="fp32"), n=50304, BLOCK=2048)
 losses = {half: "Z", wide: "log_sums sums", "*i64": "targets"}
 build(K.gathered_loss_kernel, {half: "Z", wide: "sums losses log_sums", "*i64": "targets"},
-      dict(rows="i32", cap="fp32", bend="fp32"), parts=393, n=50304, ROWS=64, PARTS=32)
+      dict(rows="i32", cap="fp32", bend="fp32"), parts=393, n=50304, ROWS=32, PARTS=64)
 sizes = dict(n=50304, PART=128, BLOCK=1024)
 build(K.capped_gradient_kernel, losses, dict(rows="i32", bend="fp32"), **sizes)
 print("compiled")
