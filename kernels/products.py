@@ -421,5 +421,6 @@ def logits_by_gluon(x: Tensor, W: Tensor, b: Tensor, cap: float) -> tuple[Tensor
     over 128 columns each, f = z / sqrt(z^2 / cap^2 + 1)."""
     z, parts = x.new_empty(len(x), len(W)), len(W) // 128
     sums = torch.empty(parts, len(x), dtype=torch.float32, device=x.device)
-    launch(LOGITS, x, W, z, z, b, out=sums, eps=(cap, cap**-2))
+    groups = math.gcd(parts, processors(x.device))
+    launch(LOGITS, x, W, z, z, b, out=sums, groups=groups, eps=(cap, cap**-2))
     return z, sums
