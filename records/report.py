@@ -105,15 +105,15 @@ def prose_groups(root: Path) -> str:
     return markdown(header, rows) if rows else "not measured yet\n"
 
 
-TABLES = {"prose": prose_table, **benches.TABLES}
-TABLES |= {"leaderboard": leaderboard, "prose_groups": prose_groups}
-TABLES |= {name: partial(prose_table, folder=f"records/prose/{name}", page="records/prose",
-                         timed=name != "gpus") for name in ("family", "fp8", "gpus", "resumed")}
 PAGES = {"README.md": ("bench_optimizers", "bench_trainer", "prose"),
          "docs/optimizers.md": ("parity", "polar"),
          "records/bench/README.md": ("growth", "kernels", "ranks", "slot", "trainer"),
          "records/README.md": ("leaderboard", "prose_groups"),
-         "records/prose/README.md": ("family", "fp8", "gpus", "resumed")}
+         "records/prose/README.md": ("family", "fp8", "gluon", "gpus", "resumed")}
+TABLES = {"prose": prose_table, "leaderboard": leaderboard, "prose_groups": prose_groups}
+TABLES |= benches.TABLES
+TABLES |= {name: partial(prose_table, folder=f"records/prose/{name}", page="records/prose",
+                         timed=name != "gpus") for name in PAGES["records/prose/README.md"]}
 
 
 def fill_tables(text: str, root: Path, page: str = "README.md") -> str:

@@ -17,7 +17,8 @@ NAMES = ("prose", "bench_optimizers", "bench_trainer")
 BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NAMES]
 RECORDS_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("leaderboard", "prose_groups")]
 DOCS_BLOCKS = [block.replace("prose", name) for name in ("polar", "parity") for block in BLOCKS[:1]]
-FAMILY_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("family", "fp8", "gpus", "resumed")]
+FAMILY_BLOCKS = [BLOCKS[0].replace("prose", name)
+                 for name in ("family", "fp8", "gluon", "gpus", "resumed")]
 BENCH_BLOCKS = [BLOCKS[0].replace("prose", name)
                 for name in ("slot", "trainer", "ranks", "growth", "kernels")]
 SCRIPT = 'print(f"step:{step}/{steps} val_loss:{loss}")\n'
@@ -356,6 +357,21 @@ def test_the_committed_runs_with_8_bits_lose_what_the_page_says(
     assert_apart(half, before, 0.0072, 0.0010)
     assert_apart(half, first, 0.0088, 0.0027)
     assert 1.045 < half.seconds_per_step / fp8.seconds_per_step < 1.055
+
+
+@pytest.mark.parametrize("optimizer, early, late", [("muon", 0.0016, 0.0006),
+                                                    ("aurora", 0.0054, 0.0018)])  # fmt: skip
+def test_the_committed_runs_with_products_in_gluon_agree_with_those_before(
+    optimizer: str, early: float, late: float
+) -> None:
+    names = ("gluon/{}", "fp8/{}_bf16", "gpus/{}_1x", "family/{}_seed1")
+    gluon, triton, before, first = (
+        parse_log(ROOT / f"records/prose/{name.format(optimizer)}.txt") for name in names
+    )
+    assert gluon.end["ranks_agree"] and gluon.meta["code_sha256"] != triton.meta["code_sha256"]
+    assert_apart(gluon, triton, early, late)
+    assert_apart(gluon, before, 0.0065, 0.0011)
+    assert_apart(gluon, first, 0.0075, 0.0029)
 
 
 def test_the_committed_run_on_eight_went_on_with_four_and_came_back() -> None:
