@@ -2,8 +2,8 @@
 
 What a block of train_gpt.py computes in plain PyTorch passes many times over memory, beside its
 matrix products. These kernels leave most products to cuBLAS, attention to cuDNN, and make of the
-rest one pass each, or the end of a product. No torch.compile: nothing to wait for but a few seconds
-of Triton.
+rest one pass each, or the end of a product (products.py). No torch.compile: nothing to wait for but
+a few seconds of Triton.
 
 norm         n = gain v / rms(v),  v = h + shift: products add to the residual h in its place, and
              shift is the sum of these products' biases up to here. Backwards one pass from
@@ -17,12 +17,13 @@ capped_loss  the output head, its cross-entropy and all their gradients in the f
                  dz = (softmax(f) - onehot(target)) s^3,    s = 15 / sqrt(z^2 + 225)
              PyTorch would keep z, f and softmax(f) of all tokens, in float32 200 kB each for a
              token of GPT-2. Here z of some thousand tokens at a time is written once in half
-             precision, and dz takes its place; f is below 15, so no exponential overflows.
+             precision, by a product that also sums exp(f), and dz takes its place; f is below 15,
+             so no exponential overflows.
              With --fp8 x and W are rounded to 8 bits for z alone (e4m3, one scale for each), and
-             so are those of relu_square, on Hopper.
+             so are those of relu_square.
 
-Kernels need half precision on an NVIDIA GPU, those of the blocks Hopper (TMA, what they are tuned
-for). Not here: the optimizers' (optimizers/).
+Kernels need half precision on an NVIDIA GPU, those of the blocks and all of products.py Hopper
+(TMA and wgmma). Not here: the optimizers' (optimizers/).
 """
 
 import functools

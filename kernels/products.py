@@ -37,8 +37,6 @@ HEAD_DIM = 128  # of qkv: a tile is as wide as a head
 LOADS_A, LOADS_B = 3, 4  # parts of A and B, 128 bytes deep, that are loaded or wait to be used
 
 if gluon is not None:
-    RELU_SQUARE, GRADIENT = gl.constexpr(0), gl.constexpr(1)
-    QKV, LOGITS = gl.constexpr(2), gl.constexpr(3)
     ROWS, COLUMNS, HALF = gl.constexpr(128), gl.constexpr(128), gl.constexpr(64)  # of one group
 
     @gluon.jit
@@ -53,7 +51,7 @@ if gluon is not None:
         """First row and column of a tile, row by row of tiles. For a gradient a group of programs
         goes down one of its columns, then the next: sums over rows stay in registers till then. So
         do all for logits, whose B is larger than A."""
-        if KIND == GRADIENT or KIND == LOGITS:
+        if KIND == "relu_square_gradient" or KIND == "logits":
             group = gl.program_id(0) // (gl.num_programs(0) // groups)
             row, column = item % down, group * (across // groups) + item // down
         else:
@@ -63,9 +61,9 @@ if gluon is not None:
     @gluon.jit
     def load_more(more, p, ready, row, column, across, row_tokens, KIND: gl.constexpr):
         """What the end of a tile takes: its part of post, or the angles of its tokens, for q, k."""
-        if KIND == GRADIENT or 3 * column < 2 * across * COLUMNS:
+        if KIND == "relu_square_gradient" or 3 * column < 2 * across * COLUMNS:
             at, along = row, column
-            if KIND == QKV:
+            if KIND == "qkv":
                 at, along = row % row_tokens, 0
             mbarrier.expect(ready, 2 * more.block_type.nbytes)
             load_block(more, [at, along], ready, p.index(0))
@@ -93,7 +91,7 @@ if gluon is not None:
                     mbarrier.wait(b_empty.index(slot), i // b_ready.shape[0] & 1 ^ 1)
                     mbarrier.expect(b_ready.index(slot), B.block_type.nbytes)
                     at, along = column, step * DEPTH
-                    if KIND == GRADIENT:
+                    if KIND == "relu_square_gradient":
                         at, along = step * DEPTH, column
                     load_block(B, [at, along], b_ready.index(slot), b.index(slot))
                 slot = i % a_ready.shape[0]
@@ -101,7 +99,7 @@ if gluon is not None:
                 mbarrier.expect(a_ready.index(slot), A.block_type.nbytes)
                 load_block(A, [row, step * DEPTH], a_ready.index(slot), a.index(slot))
                 i += 1
-                if KIND == GRADIENT or KIND == QKV:
+                if KIND == "relu_square_gradient" or KIND == "qkv":
                     if step == gl.maximum(steps - 2, gl.minimum(steps - 1, 1)):  # A and B first
                         mbarrier.wait(p_empty, turn & 1 ^ 1)
                         load_more(more, p, p_ready, row, column, across, row_tokens, KIND)
@@ -119,14 +117,14 @@ if gluon is not None:
             mbarrier.wait(b_ready.index(from_b), i // b_ready.shape[0] & 1)
             mbarrier.wait(a_ready.index(from_a), i // a_ready.shape[0] & 1)
             factor = b.index(from_b)
-            if KIND != GRADIENT:
+            if KIND != "relu_square_gradient":
                 factor = factor.permute((1, 0))
             acc = warpgroup_mma(a.index(from_a), factor, acc, use_acc=step > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # for the one before
             from_a, from_b = (i - 1) % a_ready.shape[0], (i - 1) % b_ready.shape[0]
             mbarrier.arrive(a_empty.index(from_a), pred=step > 0)
             mbarrier.arrive(b_empty.index(from_b), pred=step > 0)
-            if KIND == GRADIENT or KIND == QKV:
+            if KIND == "relu_square_gradient" or KIND == "qkv":
                 if step == gl.minimum(steps - 1, 1):  # by now the tile before is read from p
                     tma.store_wait(0)
                     mbarrier.arrive(p_empty, pred=turn > 0)
@@ -172,9 +170,9 @@ if gluon is not None:
         i = 0
         for turn in range(turns):
             item = turn * members + member
-            row, column = place_of(item, down, across, groups, GRADIENT)
+            row, column = place_of(item, down, across, groups, "relu_square_gradient")
             row += LOWER * ROWS
-            left, right, i = multiply(parts, bars, i, turn, steps, GRADIENT)
+            left, right, i = multiply(parts, bars, i, turn, steps, "relu_square_gradient")
             half: gl.constexpr = left.type.layout
             mbarrier.wait(p_ready, turn & 1)
             left *= 2 * gl.sqrt(p.index(0).load(half).to(gl.float32))
@@ -228,26 +226,26 @@ if gluon is not None:
             left += gl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
             columns += HALF
             right += gl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
-            if KIND == RELU_SQUARE:  # as relu, keeps what is NaN
+            if KIND == "relu_square":  # as relu, keeps what is NaN
                 left = gl.where(left < 0, 0.0, left * left)
                 right = gl.where(right < 0, 0.0, right * right)
-            if KIND == QKV:
+            if KIND == "qkv":
                 head, heads = column // COLUMNS, n // (3 * COLUMNS)
                 left, right = rotated(left, right, p, p_ready, turn, row, head, heads, ends)
             else:
                 tma.store_wait(0)
-            if KIND == LOGITS:
+            if KIND == "logits":
                 mbarrier.wait(p_empty, turn & 1 ^ 1)
             store_half(C, row, column, p.index(0), left)
             store_half(C, row, column + HALF, p.index(1), right)
-            if KIND == LOGITS:
+            if KIND == "logits":
                 mbarrier.arrive(p_ready)
         tma.store_wait(0)
 
     @gluon.jit
     def group_part(work, KIND: gl.constexpr, LOWER: gl.constexpr, SCALED: gl.constexpr):
         """Four warps: 128 rows of each tile, from the product to what is written."""
-        if KIND == GRADIENT:
+        if KIND == "relu_square_gradient":
             gradient_part(work, LOWER)
         else:
             product_part(work, KIND, LOWER, SCALED)
@@ -278,7 +276,7 @@ if gluon is not None:
         cap, bend = eps
         turns, member, members = share_of(down, across, groups)
         for turn in range(turns):
-            row, column = place_of(turn * members + member, down, across, groups, LOGITS)
+            row, column = place_of(turn * members + member, down, across, groups, "logits")
             at = out + column // COLUMNS * m
             store_powers(at, upper[2], upper_bars[4], upper_bars[5], turn, row, m, cap, bend)
             row += ROWS
@@ -300,7 +298,7 @@ if gluon is not None:
         bars = (barriers(LOADS, 1), barriers(LOADS, 1)) + b_bars
         return (a, b, p), bars + (p_bars.index(0), p_bars.index(1))
 
-    @gluon.jit
+    @gluon.jit(repr=lambda given: given.constants["KIND"] + "_kernel")  # in profiles
     def product_kernel(
         A, B, C, more, bias, scale, out, m, n, k, groups, row_tokens, eps, KIND: gl.constexpr,
         SCALED: gl.constexpr, LOADS_A: gl.constexpr, LOADS_B: gl.constexpr,
@@ -322,7 +320,7 @@ if gluon is not None:
         ends = bias, scale, out, m, n, eps
         first = given, upper, upper_bars, sizes, ends
         second = given, lower, lower_bars, sizes, ends
-        if KIND == LOGITS:  # warps, and registers of a thread; the first has those that are left
+        if KIND == "logits":  # warps, and registers of a thread; the first has those that are left
             gl.warp_specialize(
                 [
                     (group_part, (first, KIND, False, SCALED)),
@@ -364,18 +362,18 @@ def blocks_of(whole: Tensor, *block: int) -> object:
     return TensorDescriptor.from_tensor(whole, list(block), layout_of(block, whole.dtype))
 
 
-def warps_of(kind: object) -> dict[str, int]:
+def warps_of(kind: str) -> dict[str, int]:
     """Of the upper group; and the registers of a thread, on average over 16 or 12 warps."""
-    return dict(num_warps=4, maxnreg=128 if kind == LOGITS else 168)
+    return dict(num_warps=4, maxnreg=128 if kind == "logits" else 168)
 
 
 def launch(
-    kind: object, A: Tensor, B: Tensor, C: Tensor, more: Tensor, bias: Tensor | None = None,
+    kind: str, A: Tensor, B: Tensor, C: Tensor, more: Tensor, bias: Tensor | None = None,
     scale: Tensor | None = None, out: Tensor | None = None, groups: int = 1, row_tokens: int = 1,
     eps: float | tuple[float, float] = EPS,
 ) -> None:  # fmt: skip
     depth = 128 // A.element_size()
-    of_B = (depth, 128) if kind == GRADIENT else (128, depth)
+    of_B = (depth, 128) if kind == "relu_square_gradient" else (128, depth)
     given = blocks_of(A, 128, depth), blocks_of(B, *of_B), blocks_of(C, 128, 64)
     product_kernel[(processors(A.device),)](
         *given, blocks_of(more, 128, 64), bias, scale, out, *C.shape, A.size(1), groups,
@@ -389,7 +387,7 @@ def relu_square_by_gluon(
 ) -> Tensor:
     """(tokens, n); x and W of 8 bits with the scale of their product, post then in `dtype`."""
     post = x.new_empty(len(x), len(W), dtype=x.dtype if scale is None else dtype)
-    launch(RELU_SQUARE, x, W, post, post, b, scale)
+    launch("relu_square", x, W, post, post, b, scale)
     return post
 
 
@@ -397,7 +395,7 @@ def relu_square_gradient_by_gluon(dy: Tensor, V: Tensor, post: Tensor) -> tuple[
     dpre, programs, n = torch.empty_like(post), processors(dy.device), post.size(1)
     groups = math.gcd(triton.cdiv(n, 128), programs)
     sums = torch.zeros(2 * programs // groups, n, dtype=torch.float32, device=dy.device)
-    launch(GRADIENT, dy, V, dpre, post, out=sums, groups=groups)
+    launch("relu_square_gradient", dy, V, dpre, post, out=sums, groups=groups)
     return dpre, sums.sum(dim=0)
 
 
@@ -412,7 +410,7 @@ def qkv_by_gluon(
 ) -> tuple[Tensor, Tensor]:
     qkv, heads = x.new_empty(len(x), len(W)), len(W) // (3 * HEAD_DIM)
     scales = torch.empty(len(x), 2, heads, dtype=torch.float32, device=x.device)
-    launch(QKV, x, W, qkv, angles.view(x.dtype), b, out=scales, row_tokens=len(cos))
+    launch("qkv", x, W, qkv, angles.view(x.dtype), b, out=scales, row_tokens=len(cos))
     return qkv.view(len(x), 3, heads, HEAD_DIM), scales
 
 
@@ -422,5 +420,5 @@ def logits_by_gluon(x: Tensor, W: Tensor, b: Tensor, cap: float) -> tuple[Tensor
     z, parts = x.new_empty(len(x), len(W)), len(W) // 128
     sums = torch.empty(parts, len(x), dtype=torch.float32, device=x.device)
     groups = math.gcd(parts, processors(x.device))
-    launch(LOGITS, x, W, z, z, b, out=sums, groups=groups, eps=(cap, cap**-2))
+    launch("logits", x, W, z, z, b, out=sums, groups=groups, eps=(cap, cap**-2))
     return z, sums

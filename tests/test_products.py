@@ -17,23 +17,24 @@ def block(kind, *shape):
     short = dict(bfloat16="bf16", float8_e4m3fn="fp8e4nv")[kind]
     return f"tensordesc<{short}{list(shape)},{layout!r}>"
 numbers = "m n k groups row_tokens"
-kinds = P.RELU_SQUARE, P.RELU_SQUARE, P.GRADIENT, P.QKV, P.LOGITS
-for kind, scaled in zip(kinds, (False, True, False, False, False)):
+for kind in ("relu_square", "relu_square 8 bits", "relu_square_gradient", "qkv", "logits"):
+    kind, _, scaled = kind.partition(" ")
     of, depth = ("float8_e4m3fn", 128) if scaled else ("bfloat16", 64)
     half = block("bfloat16", 128, 64)
     types = dict(A=block(of, 128, depth), C=half, more=half, eps="fp32")
-    if kind == P.LOGITS:
+    if kind == "logits":
         types["eps"] = "fp32", "fp32"
-    types["B"] = block(of, *((depth, 128) if kind == P.GRADIENT else (128, depth)))
+    types["B"] = block(of, *((depth, 128) if kind == "relu_square_gradient" else (128, depth)))
     types |= dict.fromkeys("bias scale out".split(), "*fp32")
     types |= dict.fromkeys(numbers.split(), "i32")
-    given = dict(KIND=kind, SCALED=scaled, LOADS_A=P.LOADS_A, LOADS_B=P.LOADS_B)
+    given = dict(KIND=kind, SCALED=bool(scaled), LOADS_A=P.LOADS_A, LOADS_B=P.LOADS_B)
     types |= dict.fromkeys(given, "constexpr")
     types = {name: types[name] for name in P.product_kernel.arg_names}
     source = GluonASTSource(P.product_kernel, types, given)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=P.warps_of(kind))
     assert made.metadata.shared <= 227 * 1024, "more than a processor has"
     text = made.asm["ptx"]
+    assert f".entry {kind}_kernel(" in text, "what a profile shows"
     assert "wgmma" in text and "cp.async.bulk.tensor" in text and "setmaxnreg" in text
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(text)
