@@ -23,7 +23,7 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.experimental.gluon.nvidia import hopper
 
     if hasattr(tma, "async_load"):  # since Triton 3.7
         load_block, store_block = tma.async_load, tma.async_store
@@ -359,7 +359,7 @@ def layout_of(block: tuple[int, int], dtype: torch.dtype) -> object:
 
 def blocks_of(whole: Tensor, *block: int) -> object:
     whole = whole.contiguous()
-    return TensorDescriptor.from_tensor(whole, list(block), layout_of(block, whole.dtype))
+    return hopper.TensorDescriptor.from_tensor(whole, list(block), layout_of(block, whole.dtype))
 
 
 def warps_of(kind: str) -> dict[str, int]:
