@@ -17,10 +17,10 @@ capped_loss  the output head, its cross-entropy and all their gradients in the f
                  dz = (softmax(f) - onehot(target)) s^3,    s = 15 / sqrt(z^2 + 225)
              PyTorch would keep z, f and softmax(f) of all tokens, in float32 200 kB each for a
              token of GPT-2. Here z of some thousand tokens at a time is written once in half
-             precision, by a product that also sums exp(f), and dz takes its place; f is below 15,
-             so no exponential overflows.
-             With --fp8 x and W are rounded to 8 bits for z alone (e4m3, one scale for each), and
-             so are those of relu_square.
+             precision, and dz takes its place; f is below 15, so no exponential overflows. On
+             Hopper the product that writes z also sums exp(f), of vocabularies in steps of 128.
+             With --fp8 x and W are rounded to 8 bits for z alone (e4m3, one scale for each; exp(f)
+             is then summed from what was written), and so are those of relu_square, on Hopper.
 
 Kernels need half precision on an NVIDIA GPU, those of the blocks and all of products.py Hopper
 (TMA and wgmma). Not here: the optimizers' (optimizers/).
@@ -561,7 +561,8 @@ class Logits:
 
     def __init__(self, x: Tensor, W: Tensor, b: Tensor, fp8: bool) -> None:
         self.x, self.W, self.fp8, self.half = x, W, fp8, runs_triton(x)
-        self.sums_powers = not fp8 and runs_products(x) and len(W) % 128 == 0
+        fits = x.size(1) % 8 == 0 and len(W) % 128 == 0
+        self.sums_powers = fits and not fp8 and runs_products(x)
         self.b = b if self.sums_powers else b.type_as(x)
         if fp8:
             (self.x, self.scale_x), (self.W, self.scale_W) = eight_bits(x), eight_bits(W)
@@ -591,9 +592,9 @@ class CappedLoss(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learns: bool, fp8: bool
     ) -> Tensor:  # fmt: skip
-        W, half = weight.type_as(x), runs_triton(x)
+        W = weight.type_as(x)
         logits = Logits(x, W, bias, fp8)
-        gradient = capped_gradient_by_triton if half else capped_gradient_by_torch
+        gradient = capped_gradient_by_triton if logits.half else capped_gradient_by_torch
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         if learns:
             dx, dW, db = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
@@ -605,7 +606,7 @@ class CappedLoss(torch.autograd.Function):
             if learns:
                 db += gradient(z, targets[part], log_sums)
                 torch.mm(z, W, out=dx[part])
-                if half:  # neither rounds the product nor takes a pass of its own to add it
+                if logits.half:  # neither rounds the product nor takes a pass of its own to add it
                     torch.addmm(dW, z.mT, x[part], out_dtype=dW.dtype, out=dW)
                 else:
                     dW += z.mT @ x[part]

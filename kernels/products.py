@@ -50,7 +50,7 @@ if gluon is not None:
     def place_of(item, down, across, groups, KIND: gl.constexpr):
         """First row and column of a tile, row by row of tiles. For a gradient a group of programs
         goes down one of its columns, then the next: sums over rows stay in registers till then. So
-        do all for logits, whose B is larger than A."""
+        it does for logits, whose B is larger than A."""
         if KIND == "relu_square_gradient" or KIND == "logits":
             group = gl.program_id(0) // (gl.num_programs(0) // groups)
             row, column = item % down, group * (across // groups) + item // down

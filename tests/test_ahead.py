@@ -33,10 +33,13 @@ triton.runtime.driver.set_active(Driver())
 torch.cuda.set_device = kernels.products.processors = lambda _: 132
 x, W, b = torch.zeros(512, 64).bfloat16(), torch.zeros(256, 64).bfloat16(), torch.zeros(256)
 targets, post, losses = torch.zeros(256, dtype=torch.int64), torch.zeros(512, 256).bfloat16(), b
+qkv, tables = torch.zeros(384, 64).bfloat16(), torch.zeros(256, 1, 64)
 calls = [lambda: kernels.norm_by_triton(x, b[:64], b[:64]),
          lambda: kernels.norm_gradient_by_triton(x, x, x, b[:64], losses),
          lambda: kernels.relu_square_by_gluon(x, W, b),
          lambda: kernels.relu_square_gradient_by_gluon(x, W.mT.contiguous(), post),
+         lambda: kernels.qkv_by_gluon(x, qkv, b, tables, tables, kernels.angles_of(tables, tables)),
+         lambda: kernels.logits_by_gluon(x, W, b, 15.0),
          lambda: kernels.capped_loss_by_triton(W, targets),
          lambda: kernels.capped_gradient_by_triton(W, targets, losses)]
 with compiled_ahead(torch.device("cuda", 0), lambda: [call() for call in calls + calls]):
@@ -131,7 +134,7 @@ def test_what_cannot_be_loaded_now_is_loaded_by_its_launch(given: list) -> None:
 def test_triton_launches_what_was_compiled_ahead(tmp_path: Path) -> None:
     """Its real hook and compiler, without a GPU: a launch asks for no compilation any more."""
     code, out, err = in_fresh_python("-c", TRITON, cwd=ROOT, TRITON_CACHE_DIR=str(tmp_path))
-    assert (code, out) == (0, 6 * "launched\n"), err
+    assert (code, out) == (0, 8 * "launched\n"), err
     assert len(list(tmp_path.rglob("*.cubin"))) == 6
 
 
