@@ -368,7 +368,6 @@ def test_the_committed_runs_with_products_in_gluon_agree_with_those_before(
     gluon, triton, before, first = (
         parse_log(ROOT / f"records/prose/{name.format(optimizer)}.txt") for name in names
     )
-    assert gluon.end["ranks_agree"] and gluon.meta["code_sha256"] != triton.meta["code_sha256"]
     assert_apart(gluon, triton, early, late)
     assert_apart(gluon, before, 0.0065, 0.0011)
     assert_apart(gluon, first, 0.0075, 0.0029)
