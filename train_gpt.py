@@ -302,10 +302,10 @@ class GPT(nn.Module):
     def trunk(self, tokens_BT: Tensor, plain: bool = False) -> Tensor:
         """What the head takes; plain: by the modules above, which is the same but for rounding."""
         cos, sin = (table[: tokens_BT.size(1)] for table in self.rotary)
-        x = self.embed(tokens_BT)
+        norms = self.norm1, self.blocks, self.norm2
         if self.fused and not plain:
-            return fused_trunk(x, self.norm1, self.blocks, self.norm2, cos, sin, self.fp8)
-        x = self.norm1(x)
+            return fused_trunk(tokens_BT, self.embed.weight, *norms, cos, sin, self.fp8)
+        x = self.norm1(self.embed(tokens_BT))
         for block in self.blocks:
             x = block.forward(x, cos, sin) if plain else block(x, cos, sin)
         return self.norm2(x)

@@ -1,15 +1,19 @@
 """The model's own kernels, each with the PyTorch that computes the same where it cannot run.
 
 What a block of train_gpt.py computes in plain PyTorch passes many times over memory, beside its
-matrix products. These kernels leave most products to cuBLAS, attention to cuDNN, and make of the
-rest one pass each, or the end of a product (products.py). No torch.compile: nothing to wait for but
-a few seconds of Triton.
+matrix products. These kernels leave attention to cuDNN and the products that add to something to
+cuBLAS, and make of the rest one pass each (passes.py), or the end of a product (products.py). No
+torch.compile: nothing to wait for but a few seconds of Triton.
 
+embed        the embedding's rows, their norm h and its norm n. Backwards one pass over the tokens,
+             sorted, makes the gradient through both norms and sums it for each word.
 norm         n = gain v / rms(v),  v = h + shift: products add to the residual h in its place, and
              shift is the sum of these products' biases up to here. Backwards one pass from
              n = gain u, which also sums the gradients of bias and gain over tokens.
 qkv          q, k, v from one product, which writes q / rms(q) of each head, rotated; k as well.
-             Backwards one pass makes the gradient of the product's output, and sums it over tokens.
+             Backwards one pass makes the gradients of q and k in the product's output and sums them
+             over tokens. v's needs none: the product takes it beside them, and the sum for its bias
+             comes from the product after attention, as a token's weights sum to 1.
 relu_square  post = relu(n W^T + b)^2, written by the product itself, and so is its gradient
              (dy V) 2 sqrt(post), summed over tokens: relu(pre) = sqrt(post), only post is kept.
 capped_loss  the output head, its cross-entropy and all their gradients in the forward pass:
@@ -34,180 +38,33 @@ from torch import Tensor, nn
 
 from .ahead import compiled_ahead  # noqa: F401 (both for train_gpt.py, in a log one file with this)
 from .graphs import MicrobatchGraphs  # noqa: F401
+from .passes import (
+    CAP,
+    LEAST_GAIN,
+    capped_gradient_by_triton,
+    capped_loss_by_triton,
+    embed_by_triton,
+    embed_gradient_by_triton,
+    gathered_loss,
+    multiply_by_triton,
+    norm_by_triton,
+    norm_gradient_by_triton,
+    rotary_gradient_by_triton,
+    triton,
+)
 from .products import (
     EPS,
     HEAD_DIM,
     angles_of,
     gluon,
+    joined_by_gluon,
     logits_by_gluon,
     qkv_by_gluon,
     relu_square_by_gluon,
     relu_square_gradient_by_gluon,
 )
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU build of torch comes without it
-    triton = None
-
-CAP = 15.0
-LEAST_GAIN = 2.0**-60  # in place of gains nearer to 0, as gradients divide by them; not in float16
 CHUNK = 16384  # tokens whose logits are in memory at once: 1.6 GB in bf16 for 50304 of them
-PROGRAMS = 1056  # that sum over tokens, each its part: 8 for each of an H100's 132 processors
-
-####################################################################################################
-#                                             Kernels                                              #
-####################################################################################################
-
-if triton is not None:
-
-    @triton.jit
-    def norm_kernel(
-        h, shift, gain, n, scales, tokens, eps, least, width: tl.constexpr, ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Program i: ROWS tokens of n = gain v s, v = h + shift, s = 1 / rms(v) in scales."""
-        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        columns = tl.arange(0, BLOCK)
-        here = rows[:, None].to(tl.int64) * width + columns[None, :]
-        inside = (rows < tokens)[:, None] & (columns < width)[None, :]
-        g = tl.load(gain + columns, mask=columns < width, other=0.0)
-        v = tl.load(h + here, mask=inside, other=0.0).to(tl.float32)
-        v += tl.load(shift + columns, mask=columns < width, other=0.0)[None, :]
-        s = tl.rsqrt(tl.sum(v * v, axis=1) / width + eps)
-        tl.store(scales + rows, s, mask=rows < tokens)
-        v *= s[:, None] * tl.where(tl.abs(g) < least, least, g)[None, :]
-        tl.store(n + here, v.to(n.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def norm_gradient_kernel(
-        dh, dn, n, gain, scales, dx, sums, tokens, least, turns: tl.constexpr, width: tl.constexpr,
-        PASSED: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Program p: dx of its part of the tokens; sums[p]: of dgain, then of dx (= dbias). GIVEN:
-        n is what the norm was given, not what it gave."""
-        columns = tl.arange(0, BLOCK)
-        g = tl.load(gain + columns, mask=columns < width, other=0.0)[None, :]
-        g = tl.where(tl.abs(g) < least, least, g)
-        back = 1.0 / g
-        dgain = tl.zeros((ROWS, BLOCK), tl.float32)
-        dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-        for turn in tl.range(turns, num_stages=3):
-            rows = (turn * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
-            here = rows[:, None].to(tl.int64) * width + columns[None, :]
-            inside = (rows < tokens)[:, None] & (columns < width)[None, :]
-            s = tl.load(scales + rows, mask=rows < tokens, other=0.0)[:, None]
-            u = tl.load(n + here, mask=inside, other=0.0).to(tl.float32) * (s if GIVEN else back)
-            d = tl.load(dn + here, mask=inside, other=0.0).to(tl.float32)
-            dgain += d * u
-            d *= g
-            d = (d - u * (tl.sum(d * u, axis=1) / width)[:, None]) * s
-            if PASSED:
-                d += tl.load(dh + here, mask=inside, other=0.0).to(tl.float32)
-            dbias += d
-            tl.store(dx + here, d.to(dx.dtype.element_ty), mask=inside)
-        at = sums + tl.program_id(0) * 2 * width + columns
-        tl.store(at, tl.sum(dgain, axis=0), mask=columns < width)
-        tl.store(at + width, tl.sum(dbias, axis=0), mask=columns < width)
-
-    @triton.jit
-    def rotary_gradient_kernel(
-        dq, dk, dv, qkv, cos, sin, scales, dqkv, sums, tokens, row_tokens, turns: tl.constexpr,
-        HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    ):  # fmt: skip
-        """Program (p, head): its part of the tokens of dqkv; sums[p] of them, (3, HEADS, 2 HALF).
-
-        y = rotated u, u = s x: dx = s R^T (dy - y mean(dy y)), as rotations keep products.
-        """
-        head, c = tl.program_id(1), tl.arange(0, HALF)
-        width = 2 * HEADS * HALF
-        for part in tl.static_range(3):
-            first, second = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
-            for turn in range(turns):
-                rows = (turn * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
-                inside = (rows < tokens)[:, None]
-                here = rows[:, None].to(tl.int64) * width + head * 2 * HALF + c[None, :]
-                there = here + rows[:, None].to(tl.int64) * (2 * width) + part * width
-                given = dq if part == 0 else (dk if part == 1 else dv)
-                a = tl.load(given + here, mask=inside, other=0.0).to(tl.float32)
-                b = tl.load(given + here + HALF, mask=inside, other=0.0).to(tl.float32)
-                if part < 2:
-                    y = tl.load(qkv + there, mask=inside, other=0.0).to(tl.float32)
-                    z = tl.load(qkv + there + HALF, mask=inside, other=0.0).to(tl.float32)
-                    mean = (tl.sum(a * y + b * z, axis=1) / (2 * HALF))[:, None]
-                    each = scales + rows * 2 * HEADS + part * HEADS + head
-                    s = tl.load(each, mask=rows < tokens, other=0.0)[:, None]
-                    a, b = (a - y * mean) * s, (b - z * mean) * s
-                    table = (rows % row_tokens)[:, None] * HALF + c[None, :]
-                    across = tl.load(cos + table, mask=inside, other=0.0)
-                    up = tl.load(sin + table, mask=inside, other=0.0)
-                    a, b = a * across - b * up, a * up + b * across
-                first += a
-                second += b
-                tl.store(dqkv + there, a.to(dqkv.dtype.element_ty), mask=inside)
-                tl.store(dqkv + there + HALF, b.to(dqkv.dtype.element_ty), mask=inside)
-            at = sums + tl.program_id(0) * 3 * width + part * width + head * 2 * HALF + c
-            tl.store(at, tl.sum(first, axis=0))
-            tl.store(at + HALF, tl.sum(second, axis=0))
-
-    @triton.jit
-    def capped_loss_kernel(
-        Z, targets, losses, log_sums, cap, bend, n: tl.constexpr, BLOCK: tl.constexpr
-    ):  # fmt: skip
-        """Program i: the loss of row i of Z (rows, n), dense, and log sum exp(f). bend: cap^-2."""
-        row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        at, sums = Z + row * n, tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, n, BLOCK):
-            inside = start + columns < n
-            z = tl.load(at + start + columns, mask=inside, other=0.0).to(tl.float32)
-            f = z * tl.rsqrt(z * z * bend + 1.0)
-            sums += tl.where(inside, tl.exp(f - cap), 0.0)
-        log_sum = cap + tl.log(tl.sum(sums, axis=0))
-        hit = tl.load(at + tl.load(targets + row)).to(tl.float32)
-        tl.store(losses + row, log_sum - hit * tl.rsqrt(hit * hit * bend + 1.0))
-        tl.store(log_sums + row, log_sum)
-
-    @triton.jit
-    def gathered_loss_kernel(
-        Z, targets, sums, losses, log_sums, rows, cap, bend, parts: tl.constexpr, n: tl.constexpr,
-        ROWS: tl.constexpr, PARTS: tl.constexpr,
-    ):  # fmt: skip
-        """Program i: what capped_loss_kernel gives, of ROWS rows, from sums (parts, rows) of
-        exp(f - cap)."""
-        row, total = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.zeros((ROWS,), tl.float32)
-        inside = row < rows
-        for start in range(0, parts, PARTS):
-            part = start + tl.arange(0, PARTS)
-            here = (part < parts)[:, None] & inside[None, :]
-            each = tl.load(sums + part[:, None] * rows + row[None, :], mask=here, other=0.0)
-            total += tl.sum(each, axis=0)
-        log_sum = cap + tl.log(total)
-        target = tl.load(targets + row, mask=inside, other=0)
-        hit = tl.load(Z + row.to(tl.int64) * n + target, mask=inside, other=0.0).to(tl.float32)
-        loss = log_sum - hit * tl.rsqrt(hit * hit * bend + 1.0)
-        tl.store(losses + row, loss, mask=inside)
-        tl.store(log_sums + row, log_sum, mask=inside)
-
-    @triton.jit
-    def capped_gradient_kernel(
-        Z, targets, log_sums, sums, rows, bend, n: tl.constexpr, PART: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Program (j, p): columns j of PART rows of Z become dz; sums[p] of them over the rows."""
-        columns, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-        inside, total = columns < n, tl.zeros((BLOCK,), tl.float32)
-        for each in range(PART):
-            row = (part * PART + each).to(tl.int64)
-            at, here = Z + row * n + columns, columns < tl.where(row < rows, n, 0)
-            z = tl.load(at, mask=here, other=0.0).to(tl.float32)
-            s = tl.rsqrt(z * z * bend + 1.0)
-            p = tl.exp(z * s - tl.load(log_sums + row, mask=row < rows, other=0.0))
-            hit = columns == tl.load(targets + row, mask=row < rows, other=-1)
-            dz = (p - tl.where(hit, 1.0, 0.0)) * (s * s * s)
-            total += tl.where(here, dz, 0.0)
-            tl.store(at, dz.to(Z.dtype.element_ty), mask=here)
-        tl.store(sums + part * n + columns, total, mask=inside)
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -230,23 +87,9 @@ def runs_blocks(embed: Tensor, head_dim: int) -> bool:
     return embed.size(1) % 16 == 0 and head_dim == HEAD_DIM and runs_products(embed)
 
 
-def power_of_two(width: int) -> int:
-    return 1 << (width - 1).bit_length()
-
-
 ####################################################################################################
 #                                        Residual and norm                                         #
 ####################################################################################################
-
-
-def norm_by_triton(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    (tokens, width), rows, n = h.shape, 2, torch.empty_like(h)
-    scales = torch.empty(tokens, dtype=torch.float32, device=h.device)
-    norm_kernel[(triton.cdiv(tokens, rows),)](
-        h, shift, gain, n, scales, tokens, EPS, LEAST_GAIN, width=width, ROWS=rows,
-        BLOCK=power_of_two(width), num_warps=4,
-    )  # fmt: skip
-    return n, scales
 
 
 def no_zeros(gain: Tensor) -> Tensor:
@@ -259,26 +102,16 @@ def norm_by_torch(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tenso
     return (v * scales[:, None] * no_zeros(gain)).to(h.dtype), scales
 
 
-def norm_gradient_by_triton(
-    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor, given: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    (tokens, width), rows, dx = n.shape, 1, torch.empty_like(n)
-    sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=n.device)
-    norm_gradient_kernel[(PROGRAMS,)](
-        dh, dn.contiguous(), n, gain, scales, dx, sums, tokens, LEAST_GAIN,
-        turns=triton.cdiv(tokens, PROGRAMS * rows), width=width, PASSED=dh is not None,
-        GIVEN=given, ROWS=rows, BLOCK=power_of_two(width),
-        num_warps=max(1, power_of_two(width) // 1024),
-    )  # fmt: skip
-    return dx, *sums.sum(dim=0)
+def unscaled(d: Tensor, u: Tensor, scales: Tensor) -> Tensor:
+    """The gradient of v, of which u = v scales = v / rms(v) has the gradient d; (tokens, width)."""
+    return (d - u * (d * u).mean(dim=1, keepdim=True)) * scales[:, None]
 
 
 def norm_gradient_by_torch(
-    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor, given: bool = False
+    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gain = no_zeros(gain)
-    u, d = n * scales[:, None] if given else n / gain, dn * gain
-    dx = (d - u * (d * u).mean(dim=1, keepdim=True)) * scales[:, None]
+    u = n / no_zeros(gain)
+    dx = unscaled(dn * no_zeros(gain), u, scales)
     dx = dx if dh is None else dx + dh
     return dx.to(n.dtype), (dn * u).sum(dim=0), dx.sum(dim=0)
 
@@ -289,34 +122,55 @@ def norm(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_gradient(
-    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor, given: bool = False
+    dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of h, gain and the last bias in shift. dh: what reaches h by other ways than n. given: in the
-    place of n stands h, and there is no shift."""
+    """Of h, gain and the last bias in shift. dh: what reaches h by other ways than n."""
     by = norm_gradient_by_triton if runs_triton(n) else norm_gradient_by_torch
-    return by(dh, dn, n, gain, scales, given)
+    return by(dh, dn, n, gain, scales)
 
 
-class FirstNorms(torch.autograd.Function):
-    """h, the norm of x (tokens, width), and n, the norm of h; gains (width) in float32.
+####################################################################################################
+#                                            Embedding                                             #
+####################################################################################################
 
-    What follows adds to h in its place: backwards its norm is undone from x.
-    """
+
+def embed_by_torch(
+    ids: Tensor, table: Tensor, gain: Tensor, next_gain: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = table[ids].to(torch.promote_types(table.dtype, gain.dtype))
+    h = (x * (x.square().mean(dim=1, keepdim=True) + EPS).rsqrt() * gain).to(table.dtype)
+    return h, *norm_by_torch(h, torch.zeros_like(gain), next_gain)
+
+
+def embed_gradient_by_torch(
+    dh: Tensor, dn: Tensor, n: Tensor, ids: Tensor, table: Tensor, gain: Tensor, next_gain: Tensor,
+    scales: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dh, next_dgain, _ = norm_gradient_by_torch(dh, dn, n, next_gain, scales)
+    x = table[ids].to(torch.promote_types(table.dtype, gain.dtype))
+    s = (x.square().mean(dim=1) + EPS).rsqrt()
+    u = x * s[:, None]
+    dtable = torch.zeros_like(table, dtype=u.dtype).index_add_(0, ids, unscaled(dh * gain, u, s))
+    return dtable.to(table.dtype), (dh * u).sum(dim=0), next_dgain
+
+
+class EmbedNorms(torch.autograd.Function):
+    """h, the norm of the rows of table (words, width) at ids (tokens), and n, the norm of h; gains
+    (width) in float32. What follows adds to h in its place: backwards h is made again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, next_gain: Tensor) -> tuple[Tensor, Tensor]:
-        shift = torch.zeros_like(gain)
-        h, scales = norm(x, shift, gain)
-        n, next_scales = norm(h, shift, next_gain)
-        ctx.save_for_backward(x, gain, scales, n, next_gain, next_scales)
+    def forward(
+        ctx, ids: Tensor, table: Tensor, gain: Tensor, next_gain: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        by = embed_by_triton if runs_triton(table) else embed_by_torch
+        h, n, scales = by(ids, table, gain, next_gain)
+        ctx.save_for_backward(n, ids, table, gain, next_gain, scales)
         return h, n
 
     @staticmethod
-    def backward(ctx, dh: Tensor, dn: Tensor) -> tuple[Tensor, ...]:
-        x, gain, scales, *rest = ctx.saved_tensors
-        dh, next_dgain, _ = norm_gradient(dh, dn, *rest)
-        dx, dgain, _ = norm_gradient(None, dh, x, gain, scales, given=True)
-        return dx, dgain, next_dgain
+    def backward(ctx, dh: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
+        by = embed_gradient_by_triton if runs_triton(dn) else embed_gradient_by_torch
+        return None, *by(dh, dn, *ctx.saved_tensors)
 
 
 ####################################################################################################
@@ -331,16 +185,23 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return (dy.mT @ x).to(torch.promote_types(x.dtype, torch.float32))
 
 
+def times(x: Tensor, W: Tensor) -> Tensor:
+    return joined_by_gluon(x, W) if runs_products(x) else x @ W
+
+
 class AddProduct(torch.autograd.Function):
-    """h + x W^T, in the place of h, and the norm of it and shift. W, bias, shift, gain in float32.
+    """h + x W^T, in the place of h, and the norm of it and shift. W, biases, shift, gain: float32.
 
     h, x (tokens, width). shift: the biases of all that was added to h, with this product's bias.
+    x_bias: what each token of x has in it. So v's bias is in what attention gives, as the weights
+    of a token's values sum to 1; its gradient comes from sums that are there.
     """
 
     @staticmethod
     def forward(
-        ctx, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, gain: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, shift: Tensor,
+        gain: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(h)
         W = weight.to(x.dtype)
@@ -352,7 +213,8 @@ class AddProduct(torch.autograd.Function):
     def backward(ctx, dh: Tensor | None, dn: Tensor) -> tuple[Tensor | None, ...]:
         x, W, *rest = ctx.saved_tensors
         dh, dgain, dbias = norm_gradient(dh, dn, *rest)
-        return dh, dh @ W, weight_gradient(dh, x), dbias, None, dgain
+        dx_bias = dbias @ W.to(dbias.dtype)
+        return dh, times(dh, W), weight_gradient(dh, x), dbias, dx_bias, None, dgain
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -372,31 +234,18 @@ def qkv_by_torch(
     return qkv, scales
 
 
-def rotary_gradient_by_triton(
-    grads: Sequence[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, scales: Tensor
-) -> tuple[Tensor, Tensor]:
-    (tokens, _, heads, head_dim), rows = qkv.shape, 8
-    dqkv, programs = torch.empty_like(qkv), PROGRAMS // 6
-    sums = torch.empty(programs, qkv[0].numel(), dtype=torch.float32, device=qkv.device)
-    rotary_gradient_kernel[(programs, heads)](
-        *(grad.contiguous() for grad in grads), qkv, cos, sin, scales, dqkv, sums, tokens, len(cos),
-        turns=triton.cdiv(tokens, programs * rows), HEADS=heads, HALF=head_dim // 2, ROWS=rows,
-        num_warps=4,
-    )  # fmt: skip
-    return dqkv, sums.sum(dim=0)
-
-
 def rotary_gradient_by_torch(
-    grads: Sequence[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, scales: Tensor
+    dq: Tensor, dk: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
-    d, y = torch.stack(list(grads[:2]), dim=1).to(scales.dtype), qkv[:, :2]
+    d, y = torch.stack([dq, dk], dim=1).to(scales.dtype), qkv[:, :2]
     d = (d - y * (d * y).mean(dim=-1, keepdim=True)) * scales[..., None]
-    dqkv = torch.cat([turned(d, cos, -sin), grads[2][:, None]], dim=1)
-    return dqkv.to(qkv.dtype), dqkv.sum(dim=0).flatten()
+    d = turned(d, cos, -sin)
+    return d.to(qkv.dtype), d.sum(dim=0).flatten()
 
 
 class QKV(torch.autograd.Function):
-    """x (tokens, width), weights (width, width) and biases (width) in float32, as of q, k, v."""
+    """x (tokens, width), weights (width, width) and biases (width) in float32, as of q, k, v. The
+    gradient of v's bias is left to AddProduct."""
 
     @staticmethod
     def forward(
@@ -411,13 +260,14 @@ class QKV(torch.autograd.Function):
         return qkv.unbind(dim=1)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, W, *rest = ctx.saved_tensors
         by = rotary_gradient_by_triton if ctx.half else rotary_gradient_by_torch
-        dqkv, sums = by(grads, *rest)
-        dqkv = dqkv.flatten(1)
-        dW = weight_gradient(dqkv, x)
-        return dqkv @ W, None, None, None, *dW.chunk(3), *sums.chunk(3)
+        (dqk, sums), dv = by(dq, dk, *rest), dv.flatten(1)
+        dqk = dqk.flatten(1)
+        dx = joined_by_gluon(dqk, W, dv) if ctx.half else torch.cat([dqk, dv], dim=1) @ W
+        dW = *weight_gradient(dqk, x).chunk(2), weight_gradient(dv, x)
+        return dx, None, None, None, *dW, *sums.chunk(2), None
 
 
 ####################################################################################################
@@ -482,30 +332,31 @@ class AddSquaredReluMLP(torch.autograd.Function):
         by = relu_square_gradient_by_gluon if ctx.half else relu_square_gradient_by_torch
         dpre, db = by(dh, V, post)
         dW, dV = weight_gradient(dpre, x), weight_gradient(dh, post)
-        return dh, dpre @ W, dW, db, dV, dbias, None, dgain, None
+        return dh, times(dpre, W), dW, db, dV, dbias, None, dgain, None
 
 
 def fused_trunk(
-    x: Tensor, norm1: nn.Module, blocks: Sequence[nn.Module], norm2: nn.Module, cos: Tensor,
-    sin: Tensor, fp8: bool = False,
+    ids: Tensor, table: Tensor, norm1: nn.Module, blocks: Sequence[nn.Module], norm2: nn.Module,
+    cos: Tensor, sin: Tensor, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
-    """x (rows, row_tokens, width) through train_gpt.py's blocks, and the norms around them."""
-    shape, by_heads = x.shape, runs_products(x) and 2 * cos.size(-1) == HEAD_DIM
+    """Tokens (rows, row_tokens) of table (words, width) through train_gpt.py's norms and blocks."""
+    by_heads = runs_products(table) and 2 * cos.size(-1) == HEAD_DIM
     angles = angles_of(cos, sin) if by_heads else None
     biases = [b.detach() for each in blocks for b in (each.attn.proj.bias, each.mlp.proj.bias)]
     shifts = torch.stack(biases).cumsum(dim=0).unbind()
-    h, n = FirstNorms.apply(x.flatten(0, 1), norm1.gain, blocks[0].norm1.gain)
+    h, n = EmbedNorms.apply(ids.flatten(), table, norm1.gain, blocks[0].norm1.gain)
     for i, block in enumerate(blocks):
         attn, mlp = block.attn, block.mlp
         layers = attn.q, attn.k, attn.v
         qkv = QKV.apply(n, cos, sin, angles, *(p.weight for p in layers), *(p.bias for p in layers))
-        a, p = attn.attend(*(t.unflatten(0, shape[:2]) for t in qkv)).flatten(0, 1), attn.proj
-        h, n = AddProduct.apply(h, a, p.weight, p.bias, shifts[2 * i], block.norm2.gain)
+        a, p = attn.attend(*(t.unflatten(0, ids.shape) for t in qkv)).flatten(0, 1), attn.proj
+        parts = p.weight, p.bias, attn.v.bias, shifts[2 * i]
+        h, n = AddProduct.apply(h, a, *parts, block.norm2.gain)
         parts = mlp.fc.weight, mlp.fc.bias, mlp.proj.weight, mlp.proj.bias, shifts[2 * i + 1]
         gain = block.norm2.gain.detach() if fp8 else None
         after = blocks[i + 1].norm1 if i + 1 < len(blocks) else norm2
         h, n = AddSquaredReluMLP.apply(h, n, *parts, after.gain, gain)
-    return n.view(shape)
+    return n.view(*ids.shape, -1)
 
 
 ####################################################################################################
@@ -513,38 +364,11 @@ def fused_trunk(
 ####################################################################################################
 
 
-def capped_loss_by_triton(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
-    capped_loss_kernel[(len(z),)](
-        z, targets, losses, log_sums, CAP, CAP**-2, n=z.size(1), BLOCK=2048, num_warps=4
-    )  # fmt: skip
-    return losses, log_sums
-
-
-def gathered_loss(z: Tensor, targets: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """capped_loss of z (rows, n) from sums (parts, rows) of exp(f - CAP), on a GPU."""
-    losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
-    gathered_loss_kernel[(triton.cdiv(len(z), 32),)](
-        z, targets, sums, losses, log_sums, len(z), CAP, CAP**-2, parts=len(sums), n=z.size(1),
-        ROWS=32, PARTS=64, num_warps=4,
-    )  # fmt: skip
-    return losses, log_sums
-
-
 def capped_loss_by_torch(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     f = z.float()
     f = f * torch.rsqrt(f.square() / CAP**2 + 1)
     log_sums = f.logsumexp(dim=1)
     return log_sums - f.gather(1, targets[:, None])[:, 0], log_sums
-
-
-def capped_gradient_by_triton(z: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
-    (rows, n), part, block = z.shape, 128, 512
-    sums = torch.empty(triton.cdiv(rows, part), n, dtype=torch.float32, device=z.device)
-    capped_gradient_kernel[(triton.cdiv(n, block), len(sums))](
-        z, targets, log_sums, sums, rows, CAP**-2, n=n, PART=part, BLOCK=block, num_warps=4
-    )  # fmt: skip
-    return sums.sum(dim=0)
 
 
 def capped_gradient_by_torch(z: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
@@ -597,7 +421,8 @@ class CappedLoss(torch.autograd.Function):
         gradient = capped_gradient_by_triton if logits.half else capped_gradient_by_torch
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         if learns:
-            dx, dW, db = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+            dx, db = torch.empty_like(x), torch.zeros_like(bias)
+            dW = (torch.empty_like if logits.half else torch.zeros_like)(weight)
             ctx.save_for_backward(dx, dW, db)
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
@@ -607,7 +432,8 @@ class CappedLoss(torch.autograd.Function):
                 db += gradient(z, targets[part], log_sums)
                 torch.mm(z, W, out=dx[part])
                 if logits.half:  # neither rounds the product nor takes a pass of its own to add it
-                    torch.addmm(dW, z.mT, x[part], out_dtype=dW.dtype, out=dW)
+                    how = dict(beta=int(start > 0), out_dtype=dW.dtype, out=dW)
+                    torch.addmm(dW, z.mT, x[part], **how)
                 else:
                     dW += z.mT @ x[part]
             del z  # before the next one is made
@@ -616,8 +442,9 @@ class CappedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
+        by_triton = runs_triton(grads[0])
         for each in grads:  # in its place: PyTorch then refuses to go backwards again
-            torch._foreach_mul_([each], grad.to(each.dtype))  # vectorized, as mul_ is not
+            multiply_by_triton(each, grad) if by_triton else each.mul_(grad)
         return *grads, None, None, None
 
 

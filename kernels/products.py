@@ -1,4 +1,4 @@
-"""Matrix products with ends of our own, for Hopper GPUs: one half multiplies, the other finishes.
+"""Matrix products for Hopper GPUs, most with ends of our own: half multiplies, half finishes.
 
 Each processor makes tiles of C = A B, 256 x 128. Two groups of four warps hold 128 rows each and
 share what is loaded of B. Two single warps load, also what the end of a tile takes: angles, or what
@@ -80,6 +80,7 @@ if gluon is not None:
         a_ready, a_empty, b_ready, b_empty, p_ready, p_empty = bars
         down, across, groups, steps = sizes
         DEPTH: gl.constexpr = A.block_type.shape[1]
+        of_A = gl.cdiv(A.shape[1], DEPTH)  # steps; what is beyond its columns counts as zeros
         turns, member, members = share_of(down, across, groups)
         i = 0
         for turn in range(turns):
@@ -91,13 +92,19 @@ if gluon is not None:
                     mbarrier.wait(b_empty.index(slot), i // b_ready.shape[0] & 1 ^ 1)
                     mbarrier.expect(b_ready.index(slot), B.block_type.nbytes)
                     at, along = column, step * DEPTH
-                    if KIND == "relu_square_gradient":
-                        at, along = step * DEPTH, column
+                    if KIND == "relu_square_gradient" or KIND == "joined":
+                        at, along = along, column
+                    if KIND == "joined":
+                        at -= gl.where(step < of_A, 0, of_A * DEPTH - A.shape[1])
                     load_block(B, [at, along], b_ready.index(slot), b.index(slot))
                 slot = i % a_ready.shape[0]
                 mbarrier.wait(a_empty.index(slot), i // a_ready.shape[0] & 1 ^ 1)
                 mbarrier.expect(a_ready.index(slot), A.block_type.nbytes)
-                load_block(A, [row, step * DEPTH], a_ready.index(slot), a.index(slot))
+                if KIND == "joined" and step >= of_A:
+                    at = (step - of_A) * DEPTH
+                    load_block(more, [row, at], a_ready.index(slot), a.index(slot))
+                else:
+                    load_block(A, [row, step * DEPTH], a_ready.index(slot), a.index(slot))
                 i += 1
                 if KIND == "relu_square_gradient" or KIND == "qkv":
                     if step == gl.maximum(steps - 2, gl.minimum(steps - 1, 1)):  # A and B first
@@ -117,7 +124,7 @@ if gluon is not None:
             mbarrier.wait(b_ready.index(from_b), i // b_ready.shape[0] & 1)
             mbarrier.wait(a_ready.index(from_a), i // a_ready.shape[0] & 1)
             factor = b.index(from_b)
-            if KIND != "relu_square_gradient":
+            if KIND != "relu_square_gradient" and KIND != "joined":
                 factor = factor.permute((1, 0))
             acc = warpgroup_mma(a.index(from_a), factor, acc, use_acc=step > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # for the one before
@@ -222,10 +229,11 @@ if gluon is not None:
             left, right, i = multiply(parts, bars, i, turn, steps, KIND)
             if SCALED:
                 left, right = left * gl.load(scale), right * gl.load(scale)
-            columns = column + gl.arange(0, HALF, gl.SliceLayout(0, left.type.layout))
-            left += gl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
-            columns += HALF
-            right += gl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
+            if KIND != "joined":
+                columns = column + gl.arange(0, HALF, gl.SliceLayout(0, left.type.layout))
+                left += gl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
+                columns += HALF
+                right += gl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
             if KIND == "relu_square":  # as relu, keeps what is NaN
                 left = gl.where(left < 0, 0.0, left * left)
                 right = gl.where(right < 0, 0.0, right * right)
@@ -303,19 +311,22 @@ if gluon is not None:
         A, B, C, more, bias, scale, out, m, n, k, groups, row_tokens, eps, KIND: gl.constexpr,
         SCALED: gl.constexpr, LOADS_A: gl.constexpr, LOADS_B: gl.constexpr,
     ):  # fmt: skip
-        """C (m, n), as its KIND says: relu_square, its gradient, qkv or logits of kernels.
+        """C (m, n), as its KIND says: relu_square, its gradient, qkv or logits of kernels, or
+        joined, [A more] B.
 
-        A (m, k); B (n, k), for a gradient (k, n); each by blocks of 128 x 128 bytes, C by 128 x 64.
-        more, by blocks as C: post of a gradient, or angles (bits of float16 as C's type) of
-        row_tokens tokens and a tile's. out: rows of sums over rows, scales (m, 2, heads), or sums
-        of powers (n / 128, m). scale: what brings products of 8 bits back. eps: of a norm, or of
-        logits (cap, bend).
+        A (m, k); B (n, k), for a gradient and joined (k, n); each by blocks of 128 x 128 bytes, C
+        by 128 x 64. more, by blocks as C: as above, or post of a gradient, or angles (bits of
+        float16 as C's type) of row_tokens tokens and a tile's. out: rows of sums over rows, scales
+        (m, 2, heads), or sums of powers (n / 128, m). scale: what brings products of 8 bits back.
+        eps: of a norm, or of logits (cap, bend).
         """
         b = gl.allocate_shared_memory(B.dtype, [LOADS_B] + B.block_type.shape, B.layout)
         b_bars = barriers(LOADS_B, 1), barriers(LOADS_B, 2)
         upper, upper_bars = memory_of(A, C, b, b_bars, LOADS_A)
         lower, lower_bars = memory_of(A, C, b, b_bars, LOADS_A)
         given, steps = (A, B, C, more), gl.cdiv(k, A.block_type.shape[1])
+        if KIND == "joined":
+            steps += gl.cdiv(B.shape[0] - k, A.block_type.shape[1])
         sizes = gl.cdiv(m, 2 * ROWS), gl.cdiv(n, COLUMNS), groups, steps
         ends = bias, scale, out, m, n, eps
         first = given, upper, upper_bars, sizes, ends
@@ -373,7 +384,7 @@ def launch(
     eps: float | tuple[float, float] = EPS,
 ) -> None:  # fmt: skip
     depth = 128 // A.element_size()
-    of_B = (depth, 128) if kind == "relu_square_gradient" else (128, depth)
+    of_B = (depth, 128) if kind in ("relu_square_gradient", "joined") else (128, depth)
     given = blocks_of(A, 128, depth), blocks_of(B, *of_B), blocks_of(C, 128, 64)
     product_kernel[(processors(A.device),)](
         *given, blocks_of(more, 128, 64), bias, scale, out, *C.shape, A.size(1), groups,
@@ -412,6 +423,12 @@ def qkv_by_gluon(
     scales = torch.empty(len(x), 2, heads, dtype=torch.float32, device=x.device)
     launch("qkv", x, W, qkv, angles.view(x.dtype), b, out=scales, row_tokens=len(cos))
     return qkv.view(len(x), 3, heads, HEAD_DIM), scales
+
+
+def joined_by_gluon(x: Tensor, W: Tensor, y: Tensor | None = None) -> Tensor:
+    """[x y] W of x (tokens, k), y (tokens, l) and W (k + l, n); without y just x W."""
+    launch("joined", x, W, C := x.new_empty(len(x), W.size(1)), x if y is None else y)
+    return C
 
 
 def logits_by_gluon(x: Tensor, W: Tensor, b: Tensor, cap: float) -> tuple[Tensor, Tensor]:

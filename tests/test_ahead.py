@@ -38,6 +38,7 @@ calls = [lambda: kernels.norm_by_triton(x, b[:64], b[:64]),
          lambda: kernels.norm_gradient_by_triton(x, x, x, b[:64], losses),
          lambda: kernels.relu_square_by_gluon(x, W, b),
          lambda: kernels.relu_square_gradient_by_gluon(x, W.mT.contiguous(), post),
+         lambda: kernels.joined_by_gluon(x, W.mT.contiguous()),
          lambda: kernels.qkv_by_gluon(x, qkv, b, tables, tables, kernels.angles_of(tables, tables)),
          lambda: kernels.logits_by_gluon(x, W, b, 15.0),
          lambda: kernels.capped_loss_by_triton(W, targets),
@@ -134,8 +135,8 @@ def test_what_cannot_be_loaded_now_is_loaded_by_its_launch(given: list) -> None:
 def test_triton_launches_what_was_compiled_ahead(tmp_path: Path) -> None:
     """Its real hook and compiler, without a GPU: a launch asks for no compilation any more."""
     code, out, err = in_fresh_python("-c", TRITON, cwd=ROOT, TRITON_CACHE_DIR=str(tmp_path))
-    assert (code, out) == (0, 8 * "launched\n"), err
-    assert len(list(tmp_path.rglob("*.cubin"))) == 8
+    assert (code, out) == (0, 9 * "launched\n"), err
+    assert len(list(tmp_path.rglob("*.cubin"))) == 10, "the norm's gradient launches two"
 
 
 def test_elsewhere_only_the_body_runs() -> None:

@@ -8,8 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {
     "train_gpt.py": 930,
-    "kernels/__init__.py": 630,
-    "kernels/products.py": 430,
+    "kernels/__init__.py": 460,
+    "kernels/passes.py": 370,
+    "kernels/products.py": 445,
     "kernels/graphs.py": 100,
     "kernels/ahead.py": 65,
     "optimizers/__init__.py": 25,

@@ -16,9 +16,9 @@ from kernels import capped_loss, runs_triton
 ROOT = Path(__file__).resolve().parent.parent
 START = """
 import torch
-import kernels
+import kernels.passes
 from kernels import *
-kernels.PROGRAMS = 27
+kernels.passes.PROGRAMS = 27
 half = torch.float16  # the interpreter misreads bfloat16
 def compare(found, expected, tolerance):
     for a, b in zip(found, expected, strict=True):
@@ -51,16 +51,42 @@ for tokens, width in ((70, 48), (5, 128)):
     expected, found = norm_by_torch(h, shift, gain), norm_by_triton(h, shift, gain)
     compare(found, expected, 1e-4)
     n, scales = found
-    for passed, made in ((dh, n), (None, n), (None, h)):
-        wide = [t if t is None else t.double() for t in (passed, dn, made, gain, scales)]
-        found = norm_gradient_by_triton(passed, dn, made, gain, scales, made is h)
-        exact = norm_gradient_by_torch(*wide, made is h)
+    for passed in (dh, None):
+        wide = [t if t is None else t.double() for t in (passed, dn, n, gain, scales)]
+        found = norm_gradient_by_triton(passed, dn, n, gain, scales)
+        exact = norm_gradient_by_torch(*wide)
         compare(found[:1], exact[:1], 5e-4)
         compare(found[1:], exact[1:], 1e-6)
     n, gain[5] = n.float(), 0.0  # what it multiplied by 0 is not lost
     n[:, 5], dn = 2.0**-60, dn.float()
     compare([norm_gradient_by_triton(None, dn, n, gain, scales)[1][5]], [dn[:, 5].sum()], 1e-5)
     assert 0 < norm_by_triton(h.float(), shift, gain)[0][:, 5].abs().max() < 1e-16
+print("compared")
+"""
+EMBED = """
+for tokens, words, width in ((70, 9, 48), (5, 40, 128), (600, 3, 16)):
+    torch.manual_seed(width)
+    dh, dn = torch.randn(2, tokens, width).to(half)
+    table, gains = torch.randn(words, width).to(half), torch.randn(2, width)
+    ids = torch.randint(words - 1, (tokens,))  # the last is not met
+    ids[-1] = 0
+    found, exact = embed_by_triton(ids, table, *gains), embed_by_torch(ids, table.double(), *gains)
+    compare(found, exact, 1e-3)
+    (n, scales), wide = found[1:], [t.double() for t in (table, *gains)]
+    found = embed_gradient_by_triton(dh, dn, n, ids, table, *gains, scales)
+    exact = embed_gradient_by_torch(dh.double(), dn.double(), n.double(), ids, *wide, scales)
+    compare(found, exact, 5e-4)
+    compare(found[1:], exact[1:], 1e-6)
+    assert not found[0][-1].any()
+print("compared")
+"""
+MULTIPLY = """
+for count, factor in ((70000, 3.0), (5, -0.5), (300, 1.0), (300, float("nan"))):
+    x = torch.randn(count).to(half)
+    kept, version = x.clone(), x._version
+    multiply_by_triton(x, torch.tensor(factor))
+    assert torch.equal(x, kept * factor) or (factor != factor and x.isnan().all())
+    assert x._version > version, "what was saved for a backward pass has changed"
 print("compared")
 """
 ROTARY = """
@@ -71,16 +97,16 @@ for tokens, row_tokens, heads, head_dim in ((24, 6, 3, 16), (80, 40, 1, 128), (6
     x, W, b = (torch.randn(*s) for s in ((tokens, 48), (3 * heads * head_dim, 48), (1,)))
     found, scales = qkv_by_torch(x, W / 48**0.5, b.expand(len(W)), *tables, None)
     found = found.to(half)
-    grads = [g.to(half) for g in torch.randn(3, tokens, heads, head_dim)]
-    wide = [t.double() for t in (found, *tables, scales)]
-    exact = rotary_gradient_by_torch([g.double() for g in grads], *wide)
-    dqkv, sums = rotary_gradient_by_triton(grads, found, *tables, scales)
-    compare([dqkv], exact[:1], 5e-4)
+    grads = [g.to(half) for g in torch.randn(2, tokens, heads, head_dim)]
+    exact = rotary_gradient_by_torch(*(t.double() for t in (*grads, found, *tables, scales)))
+    dqk, sums = rotary_gradient_by_triton(*grads, found, *tables, scales)
+    compare([dqk], exact[:1], 5e-4)
     compare([sums], exact[1:], 1e-6)
 print("compared")
 """
 HOPPER = """
-import kernels as K, triton
+import triton
+import kernels.passes as K
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 def build(kernel, pointers, numbers, warps=4, **constants):
@@ -89,15 +115,23 @@ def build(kernel, pointers, numbers, warps=4, **constants):
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
     assert made.metadata.shared <= 227 * 1024, "more than a processor has"
 half, wide, i32 = "*bf16", "*fp32", dict(tokens="i32")
-head = dict(HEADS=6, HALF=64)
+head = dict(HEADS=6, BLOCK=8, HALF=64)
 least = i32 | dict(least="fp32")
-build(K.norm_kernel, {half: "h n", wide: "shift gain scales"}, least | dict(eps="fp32"),
+eps = least | dict(eps="fp32")
+build(K.norm_kernel, {half: "h n", wide: "shift gain scales"}, eps,
       width=768, ROWS=2, BLOCK=1024)
-for given in (False, True):
-    build(K.norm_gradient_kernel, {half: "dh dn n dx", wide: "gain scales sums"}, least, 1,
-          turns=42, width=768, PASSED=not given, GIVEN=given, ROWS=1, BLOCK=1024)
-build(K.rotary_gradient_kernel, {half: "dq dk dv qkv dqkv", wide: "cos sin scales sums"},
-      i32 | dict(row_tokens="i32"), **head, turns=47, ROWS=8)
+build(K.norm_gradient_kernel, {half: "dh dn n dx", wide: "gain scales sums"}, least, 1,
+      turns=42, width=768, PASSED=True, ROWS=1, BLOCK=1024)
+build(K.embed_kernel, {"*i64": "ids", half: "table h n", wide: "gain next_gain scales"}, eps,
+      width=768, ROWS=2, BLOCK=1024)
+build(K.embed_gradient_kernel,
+      {half: "dh dn n table", "*i32": "ids", "*i64": "order",
+       wide: "gain next_gain scales dtable sums"},
+      eps, 1, turns=42, width=768, BLOCK=1024)
+build(K.multiply_kernel, {half: "x", wide: "factor"}, dict(count="i32"), BLOCK=8192)
+build(K.rotary_gradient_kernel, {half: "dq dk qkv dqk", wide: "cos sin scales sums"},
+      i32 | dict(row_tokens="i32"), 1, **head, turns=47)
+build(K.sum_kernel, {wide: "x total"}, dict(n="i32"), rows=1056, ROWS=128, BLOCK=16)
 losses = {half: "Z", wide: "losses log_sums", "*i64": "targets"}
 build(K.capped_loss_kernel, losses, dict(cap="fp32", bend="fp32"), n=50304, BLOCK=2048)
 losses = {half: "Z", wide: "log_sums sums", "*i64": "targets"}
@@ -133,7 +167,7 @@ def as_model(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype).requires_grad_(), *(w.float().requires_grad_() for w in weights)]
 
 
-@pytest.mark.parametrize("name", ["CAPPED", "NORM", "ROTARY"])
+@pytest.mark.parametrize("name", ["CAPPED", "EMBED", "MULTIPLY", "NORM", "ROTARY"])
 def test_a_kernel_gives_what_its_pytorch_gives(name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be tried")
     code, out, err = in_fresh_python("-c", START + globals()[name], cwd=ROOT, TRITON_INTERPRET="1")

@@ -17,14 +17,16 @@ def block(kind, *shape):
     short = dict(bfloat16="bf16", float8_e4m3fn="fp8e4nv")[kind]
     return f"tensordesc<{short}{list(shape)},{layout!r}>"
 numbers = "m n k groups row_tokens"
-for kind in ("relu_square", "relu_square 8 bits", "relu_square_gradient", "qkv", "logits"):
+kinds = "relu_square", "relu_square 8 bits", "relu_square_gradient", "qkv", "logits", "joined"
+for kind in kinds:
     kind, _, scaled = kind.partition(" ")
     of, depth = ("float8_e4m3fn", 128) if scaled else ("bfloat16", 64)
     half = block("bfloat16", 128, 64)
     types = dict(A=block(of, 128, depth), C=half, more=half, eps="fp32")
     if kind == "logits":
         types["eps"] = "fp32", "fp32"
-    types["B"] = block(of, *((depth, 128) if kind == "relu_square_gradient" else (128, depth)))
+    deep = kind in ("relu_square_gradient", "joined")
+    types["B"] = block(of, *((depth, 128) if deep else (128, depth)))
     types |= dict.fromkeys("bias scale out".split(), "*fp32")
     types |= dict.fromkeys(numbers.split(), "i32")
     given = dict(KIND=kind, SCALED=bool(scaled), LOADS_A=P.LOADS_A, LOADS_B=P.LOADS_B)
@@ -129,6 +131,17 @@ def test_qkv_is_that_of_pytorch(tokens: int, row_tokens: int, heads: int) -> Non
     found = kernels.qkv_by_gluon(x, W, b, *tables, kernels.angles_of(*tables))
     exact = kernels.qkv_by_torch(*(t.double() for t in (x, W, b, *tables)), None)
     assert apart(found[0], exact[0]) < 3e-3 and apart(found[1], exact[1]) < 1e-5
+
+
+@needs_hopper
+@pytest.mark.parametrize("m, k, n", SIZES)
+def test_plain_products_are_those_of_pytorch(m: int, k: int, n: int) -> None:
+    """Of A and B, and of more beside A, also where A ends within a block."""
+    x, _, V, y, _ = parts(m, k, n)
+    assert apart(kernels.joined_by_gluon(x, V), x.double() @ V.double()) < 3e-3
+    y = y[:, : k - 8]
+    both, more = torch.cat([x, y], dim=1), torch.cat([V, V[: k - 8].flip(0)])
+    assert apart(kernels.joined_by_gluon(x, more, y), both.double() @ more.double()) < 3e-3
 
 
 @needs_hopper
