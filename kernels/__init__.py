@@ -1,9 +1,10 @@
 """The model's own kernels, each with the PyTorch that computes the same where it cannot run.
 
 What a block of train_gpt.py computes in plain PyTorch passes many times over memory, beside its
-matrix products. These kernels leave attention to cuDNN and the products that add to something to
-cuBLAS, and make of the rest one pass each (passes.py), or the end of a product (products.py). No
-torch.compile: nothing to wait for but a few seconds of Triton.
+matrix products. These kernels leave attention to cuDNN, and to cuBLAS the products that add to the
+residual, those for gradients of weights, and of the head's all but one. Of the rest they make one
+pass each (passes.py), or the end of a product (products.py). No torch.compile: nothing to wait for
+but a few seconds of Triton.
 
 embed        the embedding's rows, their norm h and its norm n. Backwards one pass over the tokens,
              sorted, makes the gradient through both norms and sums it for each word.
@@ -156,7 +157,7 @@ def embed_gradient_by_torch(
 
 class EmbedNorms(torch.autograd.Function):
     """h, the norm of the rows of table (words, width) at ids (tokens), and n, the norm of h; gains
-    (width) in float32. What follows adds to h in its place: backwards h is made again."""
+    (width) in float32. What follows adds to h in its place: backwards n and table are enough."""
 
     @staticmethod
     def forward(

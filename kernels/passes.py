@@ -1,6 +1,7 @@
 """Kernels of one pass over memory each, in Triton, and their launches; kernels says what they make.
 
-Sums over tokens are made by programs that each take a part of the tokens and store what they have.
+Sums over tokens: programs that take a part of the tokens each store what they have of them, and
+sum_kernel adds a thousand of these faster than torch.sum; of the head's 128 it does not.
 """
 
 import torch
@@ -98,8 +99,9 @@ if triton is not None:
         dh, dn, n, ids, order, table, gain, next_gain, scales, dtable, sums, tokens, eps, least,
         turns: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Program p: its part of the tokens, sorted by id: their rows' sums for each id are added
-        to dtable; sums[p]: of dgain, then of next_dgain. order: where the sorted tokens were."""
+        """Program p: its part of the tokens, sorted by id: adds the sum of a word's rows to dtable,
+        in an order that varies where programs share a word; sums[p]: of dgain, then of next_dgain.
+        order: where the sorted tokens were."""
         columns = tl.arange(0, BLOCK)
         f = tl.load(gain + columns, mask=columns < width, other=0.0)
         g = tl.load(next_gain + columns, mask=columns < width, other=0.0)
@@ -110,8 +112,8 @@ if triton is not None:
         for turn in tl.range(turns, num_stages=3):
             at = tl.program_id(0) * turns + turn
             row = tl.load(order + at, mask=at < tokens, other=0).to(tl.int64)
-            id = tl.load(ids + at, mask=at < tokens, other=0).to(tl.int64)
-            next_id = tl.load(ids + at + 1, mask=at + 1 < tokens, other=-1)
+            word = tl.load(ids + at, mask=at < tokens, other=0).to(tl.int64)
+            next_word = tl.load(ids + at + 1, mask=at + 1 < tokens, other=-1)
             here, inside = row * width + columns, (at < tokens) & (columns < width)
             u = tl.load(n + here, mask=inside, other=0.0).to(tl.float32) * back
             d = tl.load(dn + here, mask=inside, other=0.0).to(tl.float32)
@@ -119,15 +121,15 @@ if triton is not None:
             d *= g
             d = (d - u * (tl.sum(d * u, axis=0) / width)) * tl.load(scales + row)
             d += tl.load(dh + here, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(table + id * width + columns, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(table + word * width + columns, mask=inside, other=0.0).to(tl.float32)
             s = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
             x *= s
             dgain += d * x
             d *= f
             total += (d - x * (tl.sum(d * x, axis=0) / width)) * s
-            last = (turn == turns - 1) | (next_id != id)
-            to = dtable + id * width + columns
-            tl.atomic_add(to, total, mask=(columns < width) & last, sem="relaxed")
+            last = (turn == turns - 1) | (next_word != word)
+            to = dtable + word * width + columns
+            tl.atomic_add(to, total, mask=inside & last, sem="relaxed")
             total = tl.where(last, 0.0, total)
         at = sums + tl.program_id(0) * 2 * width + columns
         tl.store(at, dgain, mask=columns < width)
@@ -139,7 +141,8 @@ if triton is not None:
         HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Program p: its part of the tokens of dqk; sums[p] of them, (2, HEADS, 2 HALF). Programs
-        are a multiple of row_tokens, so that one angle is enough for each.
+        are a multiple of row_tokens: all tokens of one have the same place in their rows, so the
+        same angles.
 
         y = rotated u, u = s x: dx = s R^T (dy - y mean(dy y)), as rotations keep products.
         """
@@ -153,7 +156,7 @@ if triton is not None:
             for turn in tl.range(turns, num_stages=3):
                 row = (turn * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
                 here = row < tokens
-                inside = (real & here)[:, None] & (c < HALF)[None, :]
+                inside = (real & here)[:, None]
                 given = (dk if part else dq) + row * width + each
                 a = tl.load(given, mask=inside, other=0.0).to(tl.float32)
                 b = tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32)

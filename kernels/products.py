@@ -1,4 +1,4 @@
-"""Matrix products for Hopper GPUs, most with ends of our own: half multiplies, half finishes.
+"""Matrix products for Hopper GPUs, with ends of our own: one half multiplies, the other finishes.
 
 Each processor makes tiles of C = A B, 256 x 128. Two groups of four warps hold 128 rows each and
 share what is loaded of B. Two single warps load, also what the end of a tile takes: angles, or what
@@ -214,7 +214,7 @@ if gluon is not None:
 
     @gluon.jit
     def product_part(work, KIND: gl.constexpr, LOWER: gl.constexpr, SCALED: gl.constexpr):
-        """A group's part of a product with its bias, and the ends other than a gradient's."""
+        """A group's part of a product, with its bias but for joined, and ends but a gradient's."""
         given, parts, bars, sizes, ends = work
         A, B, C, more = given
         a, b, p = parts
@@ -314,9 +314,10 @@ if gluon is not None:
         """C (m, n), as its KIND says: relu_square, its gradient, qkv or logits of kernels, or
         joined, [A more] B.
 
-        A (m, k); B (n, k), for a gradient and joined (k, n); each by blocks of 128 x 128 bytes, C
-        by 128 x 64. more, by blocks as C: as above, or post of a gradient, or angles (bits of
-        float16 as C's type) of row_tokens tokens and a tile's. out: rows of sums over rows, scales
+        A (m, k); B (n, k), for a gradient (k, n), for joined of as many rows as A and more have
+        columns; each by blocks of 128 x 128 bytes, C by 128 x 64. more, by blocks as C: post of a
+        gradient, or angles (bits of float16 as C's type) of row_tokens tokens and a tile's; joined
+        has A there where nothing follows it. out: rows of sums over rows, scales
         (m, 2, heads), or sums of powers (n / 128, m). scale: what brings products of 8 bits back.
         eps: of a norm, or of logits (cap, bend).
         """

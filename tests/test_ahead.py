@@ -34,8 +34,13 @@ torch.cuda.set_device = kernels.products.processors = lambda _: 132
 x, W, b = torch.zeros(512, 64).bfloat16(), torch.zeros(256, 64).bfloat16(), torch.zeros(256)
 targets, post, losses = torch.zeros(256, dtype=torch.int64), torch.zeros(512, 256).bfloat16(), b
 qkv, tables = torch.zeros(384, 64).bfloat16(), torch.zeros(256, 1, 64)
+q, turned = torch.zeros(256, 1, 128).bfloat16(), torch.zeros(256, 3, 1, 128).bfloat16()
 calls = [lambda: kernels.norm_by_triton(x, b[:64], b[:64]),
          lambda: kernels.norm_gradient_by_triton(x, x, x, b[:64], losses),
+         lambda: kernels.embed_by_triton(targets, W, b[:64], b[:64]),
+         lambda: kernels.embed_gradient_by_triton(W, W, W, targets, W, b[:64], b[:64], losses),
+         lambda: kernels.rotary_gradient_by_triton(q, q, turned, tables, tables, losses),
+         lambda: kernels.multiply_by_triton(x, b[0]),
          lambda: kernels.relu_square_by_gluon(x, W, b),
          lambda: kernels.relu_square_gradient_by_gluon(x, W.mT.contiguous(), post),
          lambda: kernels.joined_by_gluon(x, W.mT.contiguous()),
@@ -135,8 +140,8 @@ def test_what_cannot_be_loaded_now_is_loaded_by_its_launch(given: list) -> None:
 def test_triton_launches_what_was_compiled_ahead(tmp_path: Path) -> None:
     """Its real hook and compiler, without a GPU: a launch asks for no compilation any more."""
     code, out, err = in_fresh_python("-c", TRITON, cwd=ROOT, TRITON_CACHE_DIR=str(tmp_path))
-    assert (code, out) == (0, 9 * "launched\n"), err
-    assert len(list(tmp_path.rglob("*.cubin"))) == 10, "the norm's gradient launches two"
+    assert (code, out) == (0, 13 * "launched\n"), err
+    assert len(list(tmp_path.rglob("*.cubin"))) == 15, "two gradients have sums of their own"
 
 
 def test_elsewhere_only_the_body_runs() -> None:

@@ -163,6 +163,8 @@ def test_twice_the_same_gives_the_same_bits() -> None:
     post = kernels.relu_square_by_gluon(x, W, b)
     for _ in range(5):
         assert torch.equal(kernels.relu_square_by_gluon(x, W, b), post)
+        sums = [kernels.joined_by_gluon(dy, torch.cat([V, -V]), x) for _ in range(2)]
+        assert torch.equal(*sums)
         z = kernels.logits_by_gluon(dy, W, b, kernels.CAP)
         assert all(map(torch.equal, z, kernels.logits_by_gluon(dy, W, b, kernels.CAP)))
         both = [kernels.relu_square_gradient_by_gluon(dy, V, post) for _ in range(2)]
