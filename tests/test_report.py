@@ -359,8 +359,8 @@ def test_the_committed_runs_with_8_bits_lose_what_the_page_says(
     assert 1.045 < half.seconds_per_step / fp8.seconds_per_step < 1.055
 
 
-@pytest.mark.parametrize("optimizer, early, late", [("muon", 0.0016, 0.0006),
-                                                    ("aurora", 0.0054, 0.0018)])  # fmt: skip
+@pytest.mark.parametrize("optimizer, early, late", [("muon", 0.0038, 0.0009),
+                                                    ("aurora", 0.0026, 0.0018)])  # fmt: skip
 def test_the_committed_runs_with_products_in_gluon_agree_with_those_before(
     optimizer: str, early: float, late: float
 ) -> None:
@@ -369,8 +369,8 @@ def test_the_committed_runs_with_products_in_gluon_agree_with_those_before(
         parse_log(ROOT / f"records/prose/{name.format(optimizer)}.txt") for name in names
     )
     assert_apart(gluon, triton, early, late)
-    assert_apart(gluon, before, 0.0065, 0.0011)
-    assert_apart(gluon, first, 0.0075, 0.0029)
+    assert_apart(gluon, before, 0.0071, 0.0015)
+    assert_apart(gluon, first, 0.0049, 0.0035)
 
 
 def test_the_committed_run_on_eight_went_on_with_four_and_came_back() -> None:
