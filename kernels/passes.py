@@ -109,13 +109,12 @@ if triton is not None:
         back = 1.0 / g
         dgain, next_dgain = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
-        stop = tl.minimum((tl.program_id(0) + 1) * turns, tokens)
         for turn in tl.range(turns, num_stages=3):
             at = tl.program_id(0) * turns + turn
-            row = tl.load(order + at, mask=at < stop, other=0).to(tl.int64)
-            word = tl.load(ids + at, mask=at < stop, other=-1).to(tl.int64)
-            next_word = tl.load(ids + at + 1, mask=at + 1 < stop, other=-1)
-            here, inside = row * width + columns, columns < tl.where(at < stop, width, 0)
+            row = tl.load(order + at, mask=at < tokens, other=0).to(tl.int64)
+            word = tl.load(ids + at, mask=at < tokens, other=0).to(tl.int64)
+            next_word = tl.load(ids + at + 1, mask=at + 1 < tokens, other=-1)
+            here, inside = row * width + columns, (at < tokens) & (columns < width)
             u = tl.load(n + here, mask=inside, other=0.0).to(tl.float32) * back
             d = tl.load(dn + here, mask=inside, other=0.0).to(tl.float32)
             next_dgain += d * u
@@ -128,10 +127,10 @@ if triton is not None:
             dgain += d * x
             d *= f
             total += (d - x * (tl.sum(d * x, axis=0) / width)) * s
+            last = (turn == turns - 1) | (next_word != word)
             to = dtable + word * width + columns
-            ends = columns < tl.where(next_word != word, width, 0)
-            tl.atomic_add(to, total, mask=ends, sem="relaxed")
-            total = tl.where(next_word != word, 0.0, total)
+            tl.atomic_add(to, total, mask=inside & last, sem="relaxed")
+            total = tl.where(last, 0.0, total)
         at = sums + tl.program_id(0) * 2 * width + columns
         tl.store(at, dgain, mask=columns < width)
         tl.store(at + width, next_dgain, mask=columns < width)
@@ -148,7 +147,7 @@ if triton is not None:
         y = rotated u, u = s x: dx = s R^T (dy - y mean(dy y)), as rotations keep products.
         """
         head, c = tl.arange(0, BLOCK), tl.arange(0, HALF)
-        each = head[:, None] * 2 * HALF + c[None, :]
+        each, real = head[:, None] * 2 * HALF + c[None, :], head < HEADS
         table = tl.program_id(0) % row_tokens * HALF + c
         across, up = tl.load(cos + table)[None, :], tl.load(sin + table)[None, :]
         width = 2 * HEADS * HALF
@@ -156,8 +155,8 @@ if triton is not None:
             first, second = tl.zeros((BLOCK, HALF), tl.float32), tl.zeros((BLOCK, HALF), tl.float32)
             for turn in tl.range(turns, num_stages=3):
                 row = (turn * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-                real = head < tl.where(row < tokens, HEADS, 0)
-                inside = real[:, None]
+                here = row < tokens
+                inside = (real & here)[:, None]
                 given = (dk if part else dq) + row * width + each
                 a = tl.load(given, mask=inside, other=0.0).to(tl.float32)
                 b = tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -166,7 +165,7 @@ if triton is not None:
                 z = tl.load(turned + HALF, mask=inside, other=0.0).to(tl.float32)
                 mean = (tl.sum(a * y + b * z, axis=1) / (2 * HALF))[:, None]
                 of_head = scales + row * 2 * HEADS + part * HEADS + head
-                s = tl.load(of_head, mask=real, other=0.0)[:, None]
+                s = tl.load(of_head, mask=real & here, other=0.0)[:, None]
                 a, b = (a - y * mean) * s, (b - z * mean) * s
                 a, b = a * across - b * up, a * up + b * across
                 first += a
@@ -175,8 +174,8 @@ if triton is not None:
                 tl.store(to, a.to(dqk.dtype.element_ty), mask=inside)
                 tl.store(to + HALF, b.to(dqk.dtype.element_ty), mask=inside)
             at = sums + tl.program_id(0) * 2 * width + part * width + each
-            tl.store(at, first, mask=(head < HEADS)[:, None])
-            tl.store(at + HALF, second, mask=(head < HEADS)[:, None])
+            tl.store(at, first, mask=real[:, None])
+            tl.store(at + HALF, second, mask=real[:, None])
 
     @triton.jit
     def capped_loss_kernel(

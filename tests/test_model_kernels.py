@@ -16,6 +16,13 @@ from kernels import capped_loss, runs_triton
 ROOT = Path(__file__).resolve().parent.parent
 START = """
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
+splat = InterpreterBuilder.create_splat
+def create_splat(self, block, scalar):  # 3.9 makes numbers of what two numbers' comparison gives
+    made = splat(self, block, scalar)
+    made.data = made.data.astype(scalar.data.dtype)
+    return made
+InterpreterBuilder.create_splat = create_splat
 import kernels.passes
 from kernels import *
 kernels.passes.PROGRAMS = 27
