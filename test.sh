@@ -6,4 +6,5 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 setup . tools dev
 "$python" -m ruff check .
+"$python" -m ruff format --check .
 exec "$python" -m pytest -q -n 2 "$@"

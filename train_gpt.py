@@ -84,15 +84,32 @@ FLAGS = fields(Config)[:21]  # up to eval; what follows belongs to the benchmark
 PRESETS = {
     "track3": {},
     "prose": dict(
-        data="data/prose", steps=1200, target=3.42, batch_tokens=131_072, val_tokens=2_097_152,
-        wrap=True, get_data="python data/tokenize_text.py YOUR_TEXTS --out data/prose",
+        data="data/prose",
+        steps=1200,
+        target=3.42,
+        batch_tokens=131_072,
+        val_tokens=2_097_152,
+        wrap=True,
+        get_data="python data/tokenize_text.py YOUR_TEXTS --out data/prose",
     ),
     "demo": dict(
-        data="data/embedded", steps=260, target=0.0, batch_tokens=4096, val_tokens=131_072,
-        val_every=130, vocab_size=257, layers=4, width=128, head_dim=64, row_tokens=256, wrap=True,
-        dtype="float32", sample_tokens=400, get_data="python data/embedded.py",
+        data="data/embedded",
+        steps=260,
+        target=0.0,
+        batch_tokens=4096,
+        val_tokens=131_072,
+        val_every=130,
+        vocab_size=257,
+        layers=4,
+        width=128,
+        head_dim=64,
+        row_tokens=256,
+        wrap=True,
+        dtype="float32",
+        sample_tokens=400,
+        get_data="python data/embedded.py",
     ),
-}  # fmt: skip
+}
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -498,11 +515,18 @@ class Log:
         commit = output_of("git", "rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}").split()
         changes = output_of("git", "status", "--porcelain", "-uno")
         meta |= dict(
-            format=1, preset=config.preset, optimizer=config.optimizer, seed=seed,
-            config=asdict(config), code_sha256=hashlib.sha256(source.encode()).hexdigest(),
-            commit=commit[0] if commit else "unknown", dirty=bool(changes) if commit else None,
-            device=world.device_name, world_size=world.size, torch=torch.__version__,
-        )  # fmt: skip
+            format=1,
+            preset=config.preset,
+            optimizer=config.optimizer,
+            seed=seed,
+            config=asdict(config),
+            code_sha256=hashlib.sha256(source.encode()).hexdigest(),
+            commit=commit[0] if commit else "unknown",
+            dirty=bool(changes) if commit else None,
+            device=world.device_name,
+            world_size=world.size,
+            torch=torch.__version__,
+        )
         versions = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}), Python {sys.version}"
         running = f"Running {versions} on {world.device_name} with world_size {world.size}"
         header = [RULE, running, output_of("nvidia-smi"), f"meta: {json.dumps(meta)}", RULE]
@@ -599,15 +623,26 @@ def crossing(points: list[tuple[int, float, float]], target: float) -> dict | No
         return None
     part = (loss0 - target) / (loss0 - loss) if loss0 > loss else 1.0
     return dict(
-        loss=target, step=step, train_time=round(seconds, 3),
+        loss=target,
+        step=step,
+        train_time=round(seconds, 3),
         crossing_step=round(step0 + part * (step - step0), 1),
         crossing_time=round(time0 + part * (seconds - time0), 3),
-    )  # fmt: skip
+    )
 
 
 MODEL = ("vocab_size", "layers", "width", "head_dim", "row_tokens", "dtype")  # fields of Config
-RUN = (*MODEL, "fp8", "optimizer", "steps", "batch_tokens", "val_tokens", "lr_scale", "set",
-       "cooldown")  # fmt: skip
+RUN = (
+    *MODEL,
+    "fp8",
+    "optimizer",
+    "steps",
+    "batch_tokens",
+    "val_tokens",
+    "lr_scale",
+    "set",
+    "cooldown",
+)
 
 
 def read_checkpoint(path: Path, config: Config, same: tuple[str, ...], **given: object) -> dict:
@@ -880,9 +915,11 @@ def run_trials(trainer: Trainer, saved: dict, source: str, start_s: float, argv:
             log.say(f"\nA sample of the model's text:\n{trainer.sample(b'def ')}\n", file=False)
         step, loss, seconds = trainer.points[-1]
         verdict = "reached" if loss <= config.target else "missed"
-        log.say(f"{config.optimizer}, seed {seed}: {status}, {step} steps in {seconds:.1f} s; loss "
-                f"{loss:.5f}, target {config.target:.5f} {verdict}; the log is {log.path}",
-                file=False)  # fmt: skip
+        log.say(
+            f"{config.optimizer}, seed {seed}: {status}, {step} steps in {seconds:.1f} s; loss "
+            f"{loss:.5f}, target {config.target:.5f} {verdict}; the log is {log.path}",
+            file=False,
+        )
         log.close()
         if status != "complete":
             break
@@ -903,8 +940,9 @@ def main(argv: list[str]) -> int:
         tokens = {name: len(shard) for name, shard in shards.items()}
         saved = {
             seed: read_checkpoint(path, config, RUN, seed=seed, shards=tokens)
-            for seed, path in paths.items() if path.is_file()
-        }  # fmt: skip
+            for seed, path in paths.items()
+            if path.is_file()
+        }
         weights = read_checkpoint(Path(config.eval), config, MODEL) if config.eval else None
         trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()

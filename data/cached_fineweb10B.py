@@ -35,7 +35,8 @@ PARALLEL = 4  # files at once: one stream of the hub seldom fills a data centre'
 
 def shard_names(count: int) -> list[str]:
     return ["fineweb_val_000000.bin"] + [
-        f"fineweb_train_{number:06d}.bin" for number in range(1, count + 1)]
+        f"fineweb_train_{number:06d}.bin" for number in range(1, count + 1)
+    ]
 
 
 def damage(path: Path, entry: dict[str, Any] | None, rehash: bool) -> str | None:
@@ -59,8 +60,10 @@ def look_up(name: str, retry: bool = True) -> tuple[str, str, int]:
     metadata = get_hf_file_metadata(url, retry_on_errors=retry)
     sha256 = metadata.etag or ""  # the hub's etag of a large file is its sha256
     if not re.fullmatch("[0-9a-f]{64}", sha256) or metadata.size is None:
-        raise ValueError(f"{url}: the server names no sha256 and size (etag {metadata.etag}, size "
-                         f"{metadata.size}), so it cannot be checked. Use another HF_ENDPOINT.")
+        raise ValueError(
+            f"{url}: the server names no sha256 and size (etag {metadata.etag}, size "
+            f"{metadata.size}), so it cannot be checked. Use another HF_ENDPOINT."
+        )
     return url, sha256, metadata.size
 
 
@@ -78,13 +81,20 @@ def fetch(path: Path, url: str, sha256: str, size: int) -> dict[str, Any]:
         if part.exists() and part.stat().st_size > size:
             part.unlink()
         with open(part, "ab") as file:
-            http_get(url, file, resume_size=file.tell(), expected_size=size,
-                     headers=build_hf_headers() | {"Accept-Encoding": "identity"},
-                     displayed_filename=path.name)
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                expected_size=size,
+                headers=build_hf_headers() | {"Accept-Encoding": "identity"},
+                displayed_filename=path.name,
+            )
         if (found := shards.sha256_of(part)) != sha256:
             part.unlink()
-            raise ValueError(f"{path.name}: what came has sha256 {found}, the hub says {sha256}. "
-                             "It was deleted; run this again.")
+            raise ValueError(
+                f"{path.name}: what came has sha256 {found}, the hub says {sha256}. "
+                "It was deleted; run this again."
+            )
         os.replace(part, path)
     return {"tokens": len(shards.read_shard(path, VOCAB_SIZE)), "sha256": sha256}
 
@@ -99,10 +109,14 @@ def fetch_all(folder: Path, names: list[str], manifest: dict[str, Any]) -> None:
         needed, free = sum(size for _, _, size in found), shutil.disk_usage(folder).free
         print(f"Fetching {len(names)} files, {needed / 1e9:.1f} GB, into {folder}", flush=True)
         if needed > free:
-            raise ValueError(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are "
-                             "needed: fetch fewer shards, or use --dir on another disk.")
-        futures = {pool.submit(fetch, folder / name, *facts): name
-                   for name, facts in zip(names, found, strict=True)}
+            raise ValueError(
+                f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are "
+                "needed: fetch fewer shards, or use --dir on another disk."
+            )
+        futures = {
+            pool.submit(fetch, folder / name, *facts): name
+            for name, facts in zip(names, found, strict=True)
+        }
         try:
             for future in as_completed(futures):
                 manifest["shards"][futures[future]] = future.result()
@@ -114,8 +128,13 @@ def fetch_all(folder: Path, names: list[str], manifest: dict[str, Any]) -> None:
 def load_manifest(folder: Path) -> dict[str, Any]:
     if (folder / shards.MANIFEST).exists():
         return shards.read_manifest(folder)
-    return {"format": 1, "tokenizer": "gpt2", "vocab_size": VOCAB_SIZE, "source": REPOSITORY,
-            "shards": {}}
+    return {
+        "format": 1,
+        "tokenizer": "gpt2",
+        "vocab_size": VOCAB_SIZE,
+        "source": REPOSITORY,
+        "shards": {},
+    }
 
 
 def download(folder: Path, names: list[str], rehash: bool) -> None:
@@ -128,8 +147,11 @@ def download(folder: Path, names: list[str], rehash: bool) -> None:
         with WeakFileLock(folder / ".lock", timeout=1):
             manifest = load_manifest(folder)
             entries = manifest["shards"]
-            missing = [name for name in names if name not in entries
-                       or damage(folder / name, entries[name], rehash)]
+            missing = [
+                name
+                for name in names
+                if name not in entries or damage(folder / name, entries[name], rehash)
+            ]
             if missing:
                 fetch_all(folder, missing, manifest)
     except (OSError, HTTPError) as error:
@@ -137,13 +159,17 @@ def download(folder: Path, names: list[str], rehash: bool) -> None:
         raise ValueError(
             f"Could not fetch the shards: {type(error).__name__}: {reason}. What is complete is "
             "kept; check the network (HF_ENDPOINT may name a mirror) and run this again, or copy "
-            f"the files into {folder} from another machine.") from error
+            f"the files into {folder} from another machine."
+        ) from error
 
 
 def check_offline(folder: Path, names: list[str], rehash: bool) -> None:
     entries = load_manifest(folder)["shards"]
-    bad = {name: problem for name in names
-           if (problem := damage(folder / name, entries.get(name), rehash))}
+    bad = {
+        name: problem
+        for name in names
+        if (problem := damage(folder / name, entries.get(name), rehash))
+    }
     for name, problem in bad.items():
         if (folder / name).exists():
             print(problem, file=sys.stderr)
@@ -151,15 +177,22 @@ def check_offline(folder: Path, names: list[str], rehash: bool) -> None:
         raise FileNotFoundError(
             f"{len(bad)} of {len(names)} shards are missing or damaged in {folder}: "
             f"{', '.join(bad)}. Run python data/cached_fineweb10B.py {len(names) - 1} where there "
-            "is a network.")
+            "is a network."
+        )
     if unknown := [name for name in names if name not in entries]:
         print(f"Not in the manifest, so held against no sha256: {', '.join(unknown)}.")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch FineWeb-10B as GPT-2 tokens.")
-    parser.add_argument("count", metavar="N", nargs="?", type=int, default=TRAINING_SHARDS,
-                        help=f"training shards, 0 to {TRAINING_SHARDS} (default: all)")
+    parser.add_argument(
+        "count",
+        metavar="N",
+        nargs="?",
+        type=int,
+        default=TRAINING_SHARDS,
+        help=f"training shards, 0 to {TRAINING_SHARDS} (default: all)",
+    )
     parser.add_argument("--dir", type=Path, default=Path(__file__).parent / "fineweb10B")
     parser.add_argument("--offline", action="store_true", help="only check what is there")
     parser.add_argument("--verify", action="store_true", help="hash again what is there")

@@ -32,16 +32,28 @@ VAL_TARGETS = 131_072  # validation holds one token more, as targets are inputs 
 RECIPE = 2  # raise it when the same Python would yield other shards
 # Installed packages are not the library, tests and lib2to3 hold odd code on purpose, and the tables
 # in encodings and pydoc_data are near copies of each other: validation would be in training.
-EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings",
-            "pydoc_data", "__pycache__"}
+EXCLUDED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+}
 
 
 def library_files(library: Path) -> list[Path]:
     """The library's modules in a fixed random order, which mixes its packages."""
-    paths = {path.relative_to(library).as_posix(): path for path in library.rglob("*.py")
-             if not EXCLUDED.intersection(path.relative_to(library).parts)
-             # These two are written by whoever builds or packages Python.
-             and not path.name.startswith(("_sysconfigdata", "sitecustomize"))}
+    paths = {
+        path.relative_to(library).as_posix(): path
+        for path in library.rglob("*.py")
+        if not EXCLUDED.intersection(path.relative_to(library).parts)
+        # These two are written by whoever builds or packages Python.
+        and not path.name.startswith(("_sysconfigdata", "sitecustomize"))
+    }
     names = sorted(paths)
     random.Random(0).shuffle(names)
     return [paths[name] for name in names]
@@ -62,6 +74,7 @@ def read_documents(paths: list[Path]) -> list[np.ndarray]:
 
 def trigram_loss(train: np.ndarray, val: np.ndarray) -> float:
     """Mean -log p of val[2:] under the add-one trigram model of `train`, in nats."""
+
     def pair(tokens: np.ndarray) -> np.ndarray:
         return tokens[:-1].astype(np.int64) * VOCAB_SIZE + tokens[1:]
 
@@ -81,7 +94,8 @@ def make(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = read_manifest(folder)
         if (manifest.get("python"), manifest.get("recipe")) == (version, RECIPE) and not verify(
-                folder):
+            folder
+        ):
             return manifest
     except (FileNotFoundError, ValueError):
         pass  # none, or a broken one: it is written anew below
@@ -90,16 +104,24 @@ def make(folder: str | Path) -> dict[str, Any]:
     ends = np.cumsum([len(document) for document in documents])
     first = int(np.searchsorted(ends, VAL_TARGETS + 1)) + 1  # the first document of training
     if first >= len(documents) or ends[-1] < 8 * VAL_TARGETS:
-        raise ValueError(f"{library}: holds too little source code ({sum(map(len, documents)):,} "
-                         "bytes). Run a full Python, or use data/tokenize_text.py on other text.")
+        raise ValueError(
+            f"{library}: holds too little source code ({sum(map(len, documents)):,} "
+            "bytes). Run a full Python, or use data/tokenize_text.py on other text."
+        )
     val, train = np.concatenate(documents[:first]), np.concatenate(documents[first:])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)  # never true of half-written shards
     write_shard(folder / "embedded_val_000000.bin", val)
     write_shard(folder / "embedded_train_000001.bin", train)
     return write_manifest(
-        folder, "bytes", VOCAB_SIZE, python=version, recipe=RECIPE,
-        target=trigram_loss(train, val[:VAL_TARGETS + 1]), target_source="add-one byte trigram")
+        folder,
+        "bytes",
+        VOCAB_SIZE,
+        python=version,
+        recipe=RECIPE,
+        target=trigram_loss(train, val[: VAL_TARGETS + 1]),
+        target_source="add-one byte trigram",
+    )
 
 
 def main() -> int:
@@ -109,8 +131,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     tokens = {name.split("_")[1]: entry["tokens"] for name, entry in manifest["shards"].items()}
-    print(f"data/embedded: {tokens['train']:,} training and {tokens['val']:,} validation tokens, "
-          f"target {manifest['target']:.5f} ({manifest['target_source']})")
+    print(
+        f"data/embedded: {tokens['train']:,} training and {tokens['val']:,} validation tokens, "
+        f"target {manifest['target']:.5f} ({manifest['target_source']})"
+    )
     return 0
 
 

@@ -43,12 +43,16 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     if tokens.ndim != 1 or not 0 < tokens.size < 2**31 or tokens.dtype.kind not in "iu":
-        raise ValueError(f"{path}: a shard is a vector of 1 to 2^31 - 1 integers, "
-                         f"not {tokens.dtype} of shape {tokens.shape}.")
+        raise ValueError(
+            f"{path}: a shard is a vector of 1 to 2^31 - 1 integers, "
+            f"not {tokens.dtype} of shape {tokens.shape}."
+        )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high > 65535:
-        raise ValueError(f"{path}: ids run from {low} to {high}, but a shard stores uint16 "
-                         "(0 to 65535): use a tokenizer of at most 65,536 ids.")
+        raise ValueError(
+            f"{path}: ids run from {low} to {high}, but a shard stores uint16 "
+            "(0 to 65535): use a tokenizer of at most 65,536 ids."
+        )
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
     with atomic(Path(path)) as file:
@@ -77,8 +81,10 @@ def read_header(path: str | Path) -> int:
         elif version != VERSION:
             fault = f"shard version {version}, expected {VERSION} (uint16 tokens)"
         elif tokens < 1 or size != expected:
-            fault = (f"{'truncated' if size < expected else 'too long'}: {size} bytes, but its "
-                     f"header counts {tokens} tokens, which is {expected} bytes")
+            fault = (
+                f"{'truncated' if size < expected else 'too long'}: {size} bytes, but its "
+                f"header counts {tokens} tokens, which is {expected} bytes"
+            )
         else:
             return tokens
     raise ValueError(f"{path}: {fault}. {_remedy(path)}")
@@ -89,8 +95,10 @@ def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
     count = read_header(path)
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
-        raise ValueError(f"{path}: token id {largest} is beyond the vocabulary of {vocab_size}: "
-                         f"another tokenizer's, or corrupt. {_remedy(Path(path))}")
+        raise ValueError(
+            f"{path}: token id {largest} is beyond the vocabulary of {vocab_size}: "
+            f"another tokenizer's, or corrupt. {_remedy(Path(path))}"
+        )
     return tokens
 
 
@@ -124,8 +132,10 @@ def write_manifest(
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder, MANIFEST)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found. To record the shards as they are, run python "
-                                f"data/shards.py manifest {folder} --tokenizer NAME --vocab-size N")
+        raise FileNotFoundError(
+            f"{path}: not found. To record the shards as they are, run python "
+            f"data/shards.py manifest {folder} --tokenizer NAME --vocab-size N"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] == 1 and manifest.keys() >= {"tokenizer", "vocab_size", "shards"}:
@@ -144,8 +154,10 @@ def check(path: Path, entry: dict[str, Any], vocab_size: int) -> str | None:
         return str(error)
     for key in ("tokens", "sha256"):
         if found[key] != entry.get(key):
-            return (f"{path}: {key} {found[key]}, but the manifest says {entry.get(key)}. "
-                    f"{_remedy(path)}")
+            return (
+                f"{path}: {key} {found[key]}, but the manifest says {entry.get(key)}. "
+                f"{_remedy(path)}"
+            )
     return None
 
 
@@ -156,7 +168,9 @@ def verify(folder: str | Path) -> list[str]:
     checked = (check(Path(folder, name), shards[name], manifest["vocab_size"]) for name in shards)
     return [problem for problem in checked if problem] + [
         f"{Path(folder, name)}: not in the manifest. Move it away, or delete manifest.json and run "
-        "python data/shards.py manifest" for name in sorted(present - shards.keys())]
+        "python data/shards.py manifest"
+        for name in sorted(present - shards.keys())
+    ]
 
 
 def main() -> int:

@@ -58,7 +58,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise FileNotFoundError(
             f"tiktoken cannot load {name!r} ({type(error).__name__}): it downloads its tables "
             "at first use. Load it once where there is a network, with TIKTOKEN_CACHE_DIR set to a "
-            "folder, copy that folder here and set TIKTOKEN_CACHE_DIR to it.") from error
+            "folder, copy that folder here and set TIKTOKEN_CACHE_DIR to it."
+        ) from error
     return Tokenizer(encoding.encode_ordinary, encoding.eot_token, encoding.n_vocab)
 
 
@@ -67,8 +68,11 @@ def find_files(inputs: list[Path]) -> list[Path]:
     for path in inputs:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder.")
-        files += [path] if path.is_file() else sorted(
-            file for file in path.rglob("*") if file.suffix in READERS)
+        files += (
+            [path]
+            if path.is_file()
+            else sorted(file for file in path.rglob("*") if file.suffix in READERS)
+        )
     if not files:
         raise FileNotFoundError(f"{', '.join(map(str, inputs))}: no {', '.join(READERS)} files.")
     if unknown := [str(file) for file in files if file.suffix not in READERS]:
@@ -98,8 +102,10 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
                     raise ValueError(f"{path} line {number}: not JSON ({error}).") from error
                 if not isinstance(row, dict) or not isinstance(row.get(field), str):
                     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                    raise ValueError(f"{path} line {number}: no text in a field {field!r} (found: "
-                                     f"{found}). Name the field with --field.")
+                    raise ValueError(
+                        f"{path} line {number}: no text in a field {field!r} (found: "
+                        f"{found}). Name the field with --field."
+                    )
                 yield row[field]
 
 
@@ -110,8 +116,9 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
         raise ValueError(f"{path}: needs pip install pyarrow") from error
     table = pyarrow.parquet.ParquetFile(path)
     if field not in (names := table.schema_arrow.names):
-        raise ValueError(f"{path}: no column {field!r} (found: {', '.join(names)}). Name it with "
-                         "--field.")
+        raise ValueError(
+            f"{path}: no column {field!r} (found: {', '.join(names)}). Name it with --field."
+        )
     for rows in table.iter_batches(batch_size=1024, columns=[field]):
         for text in rows.column(0).to_pylist():
             if not isinstance(text, str):
@@ -141,8 +148,10 @@ def read_batches(files: list[Path], field: str) -> Iterator[list[str]]:
 
 def encode_batch(name: str, texts: list[str]) -> list[np.ndarray]:
     tokenizer = load_tokenizer(name)
-    return [np.array([tokenizer.end_of_text, *tokenizer.encode(text)], dtype=np.uint16)
-            for text in texts]
+    return [
+        np.array([tokenizer.end_of_text, *tokenizer.encode(text)], dtype=np.uint16)
+        for text in texts
+    ]
 
 
 def encode_all(
@@ -185,25 +194,44 @@ def write_splits(
             size, total = size + len(document), total + len(document)
             progress.update(len(document))
     if index == 0 or not documents:
-        raise ValueError(f"the inputs have {total:,} tokens in whole documents, which leaves none "
-                         f"for training after {val_tokens:,} for validation. Lower --val-tokens, "
-                         "or separate the documents of a .txt by lines <|endoftext|>.")
+        raise ValueError(
+            f"the inputs have {total:,} tokens in whole documents, which leaves none "
+            f"for training after {val_tokens:,} for validation. Lower --val-tokens, "
+            "or separate the documents of a .txt by lines <|endoftext|>."
+        )
     flush()
 
 
 def tokenize(
-    inputs: list[Path], out: Path, *, name: str, val_tokens: int, shard_tokens: int,
-    tokenizer: str, field: str, processes: int, force: bool,
+    inputs: list[Path],
+    out: Path,
+    *,
+    name: str,
+    val_tokens: int,
+    shard_tokens: int,
+    tokenizer: str,
+    field: str,
+    processes: int,
+    force: bool,
 ) -> dict[str, Any]:
     """Write all shards beside the old ones, swap when they are complete; return the manifest."""
     files, vocab_size = find_files(inputs), load_tokenizer(tokenizer).vocab_size
     present = sorted(out.glob("*.bin"))
-    own = [path for path in present if re.fullmatch(
-        rf"{re.escape(name)}_(val|train)_\d{{6}}\.bin", path.name)]
+    own = [
+        path
+        for path in present
+        if re.fullmatch(rf"{re.escape(name)}_(val|train)_\d{{6}}\.bin", path.name)
+    ]
     if present and not (force and own == present):
-        raise ValueError(f"{out} holds {len(present)} shards ({present[0].name}, ...). Choose "
-                         "another --out" + (", or replace them with --force." if own == present
-                                            else f": they are not all called {name}."))
+        raise ValueError(
+            f"{out} holds {len(present)} shards ({present[0].name}, ...). Choose "
+            "another --out"
+            + (
+                ", or replace them with --force."
+                if own == present
+                else f": they are not all called {name}."
+            )
+        )
     staging = out / ".partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -224,8 +252,13 @@ def main() -> int:
     parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     parser.add_argument("--name", help="shards are called NAME_... (default: DIR's last part)")
-    parser.add_argument("--val-tokens", metavar="N", type=int, default=2_097_153,
-                        help="for validation, at least (default: what the prose preset needs)")
+    parser.add_argument(
+        "--val-tokens",
+        metavar="N",
+        type=int,
+        default=2_097_153,
+        help="for validation, at least (default: what the prose preset needs)",
+    )
     parser.add_argument("--shard-tokens", metavar="N", type=int, default=100_000_000)
     parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2")
     parser.add_argument("--field", default="text", help="of .jsonl and .parquet (default: text)")

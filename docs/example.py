@@ -1,7 +1,7 @@
 """Aurora in a training loop of your own: one process or DDP, CPU or GPU.
 
-    pip install . && python docs/example.py
-    torchrun --standalone --nproc_per_node=2 docs/example.py
+pip install . && python docs/example.py
+torchrun --standalone --nproc_per_node=2 docs/example.py
 """
 
 import os

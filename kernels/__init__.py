@@ -144,9 +144,15 @@ def embed_by_torch(
 
 
 def embed_gradient_by_torch(
-    dh: Tensor, dn: Tensor, n: Tensor, ids: Tensor, table: Tensor, gain: Tensor, next_gain: Tensor,
+    dh: Tensor,
+    dn: Tensor,
+    n: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    gain: Tensor,
+    next_gain: Tensor,
     scales: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     dh, next_dgain, _ = norm_gradient_by_torch(dh, dn, n, next_gain, scales)
     x = table[ids].to(torch.promote_types(table.dtype, gain.dtype))
     s = (x.square().mean(dim=1) + EPS).rsqrt()
@@ -200,9 +206,15 @@ class AddProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, shift: Tensor,
+        ctx,
+        h: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        x_bias: Tensor,
+        shift: Tensor,
         gain: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(h)
         W = weight.to(x.dtype)
@@ -309,9 +321,17 @@ class AddSquaredReluMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, h: Tensor, x: Tensor, weight: Tensor, b: Tensor, proj: Tensor, bias: Tensor,
-        shift: Tensor, gain: Tensor, x_gain: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx,
+        h: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        b: Tensor,
+        proj: Tensor,
+        bias: Tensor,
+        shift: Tensor,
+        gain: Tensor,
+        x_gain: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(h)
         W, V = weight.to(x.dtype), proj.to(x.dtype)
@@ -337,9 +357,15 @@ class AddSquaredReluMLP(torch.autograd.Function):
 
 
 def fused_trunk(
-    ids: Tensor, table: Tensor, norm1: nn.Module, blocks: Sequence[nn.Module], norm2: nn.Module,
-    cos: Tensor, sin: Tensor, fp8: bool = False,
-) -> Tensor:  # fmt: skip
+    ids: Tensor,
+    table: Tensor,
+    norm1: nn.Module,
+    blocks: Sequence[nn.Module],
+    norm2: nn.Module,
+    cos: Tensor,
+    sin: Tensor,
+    fp8: bool = False,
+) -> Tensor:
     """Tokens (rows, row_tokens) of table (words, width) through train_gpt.py's norms and blocks."""
     by_heads = runs_products(table) and 2 * cos.size(-1) == HEAD_DIM
     angles = angles_of(cos, sin) if by_heads else None
@@ -416,7 +442,7 @@ class CappedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learns: bool, fp8: bool
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         W = weight.type_as(x)
         logits = Logits(x, W, bias, fp8)
         gradient = capped_gradient_by_triton if logits.half else capped_gradient_by_torch

@@ -23,9 +23,18 @@ if triton is not None:
 
     @triton.jit
     def norm_kernel(
-        h, shift, gain, n, scales, tokens, eps, least, width: tl.constexpr, ROWS: tl.constexpr,
+        h,
+        shift,
+        gain,
+        n,
+        scales,
+        tokens,
+        eps,
+        least,
+        width: tl.constexpr,
+        ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    ):
         """Program i: ROWS tokens of n = gain v s, v = h + shift, s = 1 / rms(v) in scales."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         columns = tl.arange(0, BLOCK)
@@ -41,9 +50,21 @@ if triton is not None:
 
     @triton.jit
     def norm_gradient_kernel(
-        dh, dn, n, gain, scales, dx, sums, tokens, least, turns: tl.constexpr, width: tl.constexpr,
-        PASSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        dh,
+        dn,
+        n,
+        gain,
+        scales,
+        dx,
+        sums,
+        tokens,
+        least,
+        turns: tl.constexpr,
+        width: tl.constexpr,
+        PASSED: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """Program p: dx of its part of the tokens; sums[p]: of dgain, then of dx (= dbias)."""
         columns = tl.arange(0, BLOCK)
         g = tl.load(gain + columns, mask=columns < width, other=0.0)[None, :]
@@ -71,9 +92,20 @@ if triton is not None:
 
     @triton.jit
     def embed_kernel(
-        ids, table, gain, next_gain, h, n, scales, tokens, eps, least, width: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        ids,
+        table,
+        gain,
+        next_gain,
+        h,
+        n,
+        scales,
+        tokens,
+        eps,
+        least,
+        width: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """Program i: ROWS tokens of h = gain x / rms(x), x of the table, and of n, the norm of h,
         s = 1 / rms(h) in scales."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -96,9 +128,24 @@ if triton is not None:
 
     @triton.jit
     def embed_gradient_kernel(
-        dh, dn, n, ids, order, table, gain, next_gain, scales, dtable, sums, tokens, eps, least,
-        turns: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        dh,
+        dn,
+        n,
+        ids,
+        order,
+        table,
+        gain,
+        next_gain,
+        scales,
+        dtable,
+        sums,
+        tokens,
+        eps,
+        least,
+        turns: tl.constexpr,
+        width: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """Program p: its part of the tokens, sorted by id: adds the sum of a word's rows to dtable,
         in an order that varies where programs share a word; sums[p]: of dgain, then of next_dgain.
         order: where the sorted tokens were."""
@@ -137,9 +184,21 @@ if triton is not None:
 
     @triton.jit
     def rotary_gradient_kernel(
-        dq, dk, qkv, cos, sin, scales, dqk, sums, tokens, row_tokens, turns: tl.constexpr,
-        HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        dq,
+        dk,
+        qkv,
+        cos,
+        sin,
+        scales,
+        dqk,
+        sums,
+        tokens,
+        row_tokens,
+        turns: tl.constexpr,
+        HEADS: tl.constexpr,
+        HALF: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """Program p: its part of the tokens of dqk; sums[p] of them, (2, HEADS, 2 HALF). Programs
         are a multiple of row_tokens: all tokens of one have the same place in their rows, so the
         same angles.
@@ -180,7 +239,7 @@ if triton is not None:
     @triton.jit
     def capped_loss_kernel(
         Z, targets, losses, log_sums, cap, bend, n: tl.constexpr, BLOCK: tl.constexpr
-    ):  # fmt: skip
+    ):
         """Program i: the loss of row i of Z (rows, n), dense, and log sum exp(f). bend: cap^-2."""
         row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         at, sums = Z + row * n, tl.zeros((BLOCK,), tl.float32)
@@ -196,9 +255,19 @@ if triton is not None:
 
     @triton.jit
     def gathered_loss_kernel(
-        Z, targets, sums, losses, log_sums, rows, cap, bend, parts: tl.constexpr, n: tl.constexpr,
-        ROWS: tl.constexpr, PARTS: tl.constexpr,
-    ):  # fmt: skip
+        Z,
+        targets,
+        sums,
+        losses,
+        log_sums,
+        rows,
+        cap,
+        bend,
+        parts: tl.constexpr,
+        n: tl.constexpr,
+        ROWS: tl.constexpr,
+        PARTS: tl.constexpr,
+    ):
         """Program i: what capped_loss_kernel gives, of ROWS rows, from sums (parts, rows) of
         exp(f - cap)."""
         row, total = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.zeros((ROWS,), tl.float32)
@@ -217,9 +286,16 @@ if triton is not None:
 
     @triton.jit
     def capped_gradient_kernel(
-        Z, targets, log_sums, sums, rows, bend, n: tl.constexpr, PART: tl.constexpr,
+        Z,
+        targets,
+        log_sums,
+        sums,
+        rows,
+        bend,
+        n: tl.constexpr,
+        PART: tl.constexpr,
         BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    ):
         """Program (j, p): columns j of PART rows of Z become dz; sums[p] of them over the rows."""
         columns, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
         inside, total = columns < n, tl.zeros((BLOCK,), tl.float32)
@@ -273,9 +349,19 @@ def norm_by_triton(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tens
     (tokens, width), rows, n = h.shape, 2, torch.empty_like(h)
     scales = torch.empty(tokens, dtype=torch.float32, device=h.device)
     norm_kernel[(triton.cdiv(tokens, rows),)](
-        h, shift, gain, n, scales, tokens, EPS, LEAST_GAIN, width=width, ROWS=rows,
-        BLOCK=power_of_two(width), num_warps=4,
-    )  # fmt: skip
+        h,
+        shift,
+        gain,
+        n,
+        scales,
+        tokens,
+        EPS,
+        LEAST_GAIN,
+        width=width,
+        ROWS=rows,
+        BLOCK=power_of_two(width),
+        num_warps=4,
+    )
     return n, scales
 
 
@@ -285,10 +371,22 @@ def norm_gradient_by_triton(
     (tokens, width), rows, dx = n.shape, 1, torch.empty_like(n)
     sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=n.device)
     norm_gradient_kernel[(PROGRAMS,)](
-        dh, dn.contiguous(), n, gain, scales, dx, sums, tokens, LEAST_GAIN,
-        turns=triton.cdiv(tokens, PROGRAMS * rows), width=width, PASSED=dh is not None,
-        ROWS=rows, BLOCK=power_of_two(width), num_warps=max(1, power_of_two(width) // 1024),
-    )  # fmt: skip
+        dh,
+        dn.contiguous(),
+        n,
+        gain,
+        scales,
+        dx,
+        sums,
+        tokens,
+        LEAST_GAIN,
+        turns=triton.cdiv(tokens, PROGRAMS * rows),
+        width=width,
+        PASSED=dh is not None,
+        ROWS=rows,
+        BLOCK=power_of_two(width),
+        num_warps=max(1, power_of_two(width) // 1024),
+    )
     return dx, *sum_by_triton(sums)
 
 
@@ -299,24 +397,57 @@ def embed_by_triton(
     h, n = table.new_empty(tokens, width), table.new_empty(tokens, width)  # no views of one
     scales = torch.empty(tokens, dtype=torch.float32, device=table.device)
     embed_kernel[(triton.cdiv(tokens, rows),)](
-        ids, table, gain, next_gain, h, n, scales, tokens, EPS, LEAST_GAIN, width=width, ROWS=rows,
-        BLOCK=power_of_two(width), num_warps=4,
-    )  # fmt: skip
+        ids,
+        table,
+        gain,
+        next_gain,
+        h,
+        n,
+        scales,
+        tokens,
+        EPS,
+        LEAST_GAIN,
+        width=width,
+        ROWS=rows,
+        BLOCK=power_of_two(width),
+        num_warps=4,
+    )
     return h, n, scales
 
 
 def embed_gradient_by_triton(
-    dh: Tensor, dn: Tensor, n: Tensor, ids: Tensor, table: Tensor, gain: Tensor, next_gain: Tensor,
+    dh: Tensor,
+    dn: Tensor,
+    n: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    gain: Tensor,
+    next_gain: Tensor,
     scales: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, width), (ids, order) = n.shape, ids.int().sort()
     dtable = torch.zeros_like(table, dtype=torch.float32)
     sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=n.device)
     embed_gradient_kernel[(PROGRAMS,)](
-        dh.contiguous(), dn.contiguous(), n, ids, order, table, gain, next_gain, scales, dtable,
-        sums, tokens, EPS, LEAST_GAIN, turns=triton.cdiv(tokens, PROGRAMS), width=width,
-        BLOCK=power_of_two(width), num_warps=max(1, power_of_two(width) // 1024),
-    )  # fmt: skip
+        dh.contiguous(),
+        dn.contiguous(),
+        n,
+        ids,
+        order,
+        table,
+        gain,
+        next_gain,
+        scales,
+        dtable,
+        sums,
+        tokens,
+        EPS,
+        LEAST_GAIN,
+        turns=triton.cdiv(tokens, PROGRAMS),
+        width=width,
+        BLOCK=power_of_two(width),
+        num_warps=max(1, power_of_two(width) // 1024),
+    )
     return dtable.to(table.dtype), *sum_by_triton(sums)
 
 
@@ -328,10 +459,22 @@ def rotary_gradient_by_triton(
     dqk = qkv.new_empty(tokens, 2, heads, head_dim)
     sums = torch.empty(programs, dqk[0].numel(), dtype=torch.float32, device=qkv.device)
     rotary_gradient_kernel[(programs,)](
-        dq.contiguous(), dk.contiguous(), qkv, cos, sin, scales, dqk, sums, tokens, row_tokens,
-        turns=triton.cdiv(tokens, programs), HEADS=heads, HALF=head_dim // 2,
-        BLOCK=power_of_two(heads), num_warps=1,
-    )  # fmt: skip
+        dq.contiguous(),
+        dk.contiguous(),
+        qkv,
+        cos,
+        sin,
+        scales,
+        dqk,
+        sums,
+        tokens,
+        row_tokens,
+        turns=triton.cdiv(tokens, programs),
+        HEADS=heads,
+        HALF=head_dim // 2,
+        BLOCK=power_of_two(heads),
+        num_warps=1,
+    )
     return dqk, sum_by_triton(sums)
 
 
@@ -339,7 +482,7 @@ def capped_loss_by_triton(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
     capped_loss_kernel[(len(z),)](
         z, targets, losses, log_sums, CAP, CAP**-2, n=z.size(1), BLOCK=2048, num_warps=4
-    )  # fmt: skip
+    )
     return losses, log_sums
 
 
@@ -347,9 +490,20 @@ def gathered_loss(z: Tensor, targets: Tensor, sums: Tensor) -> tuple[Tensor, Ten
     """capped_loss of z (rows, n) from sums (parts, rows) of exp(f - CAP), on a GPU."""
     losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
     gathered_loss_kernel[(triton.cdiv(len(z), 32),)](
-        z, targets, sums, losses, log_sums, len(z), CAP, CAP**-2, parts=len(sums), n=z.size(1),
-        ROWS=32, PARTS=64, num_warps=4,
-    )  # fmt: skip
+        z,
+        targets,
+        sums,
+        losses,
+        log_sums,
+        len(z),
+        CAP,
+        CAP**-2,
+        parts=len(sums),
+        n=z.size(1),
+        ROWS=32,
+        PARTS=64,
+        num_warps=4,
+    )
     return losses, log_sums
 
 
@@ -358,7 +512,7 @@ def capped_gradient_by_triton(z: Tensor, targets: Tensor, log_sums: Tensor) -> T
     sums = torch.empty(triton.cdiv(rows, part), n, dtype=torch.float32, device=z.device)
     capped_gradient_kernel[(triton.cdiv(n, block), len(sums))](
         z, targets, log_sums, sums, rows, CAP**-2, n=n, PART=part, BLOCK=block, num_warps=4
-    )  # fmt: skip
+    )
     return sums.sum(dim=0)
 
 

@@ -308,9 +308,24 @@ if gluon is not None:
 
     @gluon.jit(repr=lambda given: given.constants["KIND"] + "_kernel")  # in profiles
     def product_kernel(
-        A, B, C, more, bias, scale, out, m, n, k, groups, row_tokens, eps, KIND: gl.constexpr,
-        SCALED: gl.constexpr, LOADS_A: gl.constexpr, LOADS_B: gl.constexpr,
-    ):  # fmt: skip
+        A,
+        B,
+        C,
+        more,
+        bias,
+        scale,
+        out,
+        m,
+        n,
+        k,
+        groups,
+        row_tokens,
+        eps,
+        KIND: gl.constexpr,
+        SCALED: gl.constexpr,
+        LOADS_A: gl.constexpr,
+        LOADS_B: gl.constexpr,
+    ):
         """C (m, n), as its KIND says: relu_square, its gradient, qkv or logits of kernels, or
         joined, [A more] B.
 
@@ -380,18 +395,38 @@ def warps_of(kind: str) -> dict[str, int]:
 
 
 def launch(
-    kind: str, A: Tensor, B: Tensor, C: Tensor, more: Tensor, bias: Tensor | None = None,
-    scale: Tensor | None = None, out: Tensor | None = None, groups: int = 1, row_tokens: int = 1,
+    kind: str,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    more: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    groups: int = 1,
+    row_tokens: int = 1,
     eps: float | tuple[float, float] = EPS,
-) -> None:  # fmt: skip
+) -> None:
     depth = 128 // A.element_size()
     of_B = (depth, 128) if kind in ("relu_square_gradient", "joined") else (128, depth)
     given = blocks_of(A, 128, depth), blocks_of(B, *of_B), blocks_of(C, 128, 64)
     product_kernel[(processors(A.device),)](
-        *given, blocks_of(more, 128, 64), bias, scale, out, *C.shape, A.size(1), groups,
-        row_tokens, eps, KIND=kind, SCALED=scale is not None, LOADS_A=LOADS_A, LOADS_B=LOADS_B,
+        *given,
+        blocks_of(more, 128, 64),
+        bias,
+        scale,
+        out,
+        *C.shape,
+        A.size(1),
+        groups,
+        row_tokens,
+        eps,
+        KIND=kind,
+        SCALED=scale is not None,
+        LOADS_A=LOADS_A,
+        LOADS_B=LOADS_B,
         **warps_of(kind),
-    )  # fmt: skip
+    )
 
 
 def relu_square_by_gluon(

@@ -34,9 +34,13 @@ def best_exponent(m: int, n: int) -> float:
 
 
 def balanced_polar(
-    X: Tensor, rounds: int = 2, exponent: float | Tensor = 0.5, clamp: float | Tensor = 64.0,
-    method: str = "quintic12", dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:  # fmt: skip
+    X: Tensor,
+    rounds: int = 2,
+    exponent: float | Tensor = 0.5,
+    clamp: float | Tensor = 64.0,
+    method: str = "quintic12",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
     """Orthogonal and row-even: tall X (k, m, n), m > n -> (k, m, n) in dtype, |u_i|^2 -> n/m.
 
     Zero rows stay zero. Where rows share a subspace with too little room, they stay short.

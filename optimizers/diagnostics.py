@@ -113,10 +113,12 @@ class Diagnostics:
         gram = U.mT @ U if m > n else U @ U.mT
         error = (gram - torch.eye(min(m, n), device=U.device)).norm() / min(m, n) ** 0.5
         return dict(
-            leverage=spread(rho), update=spread(rows / rows.mean()),
+            leverage=spread(rho),
+            update=spread(rows / rows.mean()),
             persistent={t: share for t, share in counts.items() if share},
-            orthogonality=rounded(error), update_to_weight=rounded(moved),
-        )  # fmt: skip
+            orthogonality=rounded(error),
+            update_to_weight=rounded(moved),
+        )
 
 
 @torch.no_grad()
@@ -148,4 +150,4 @@ def activity(
             mean_act=rounded(total.mean() / tokens),
         )
         for name, (tokens, fired, total) in sums.items()
-    }  # fmt: skip
+    }

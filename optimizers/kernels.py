@@ -24,9 +24,20 @@ if triton is not None:
 
     @triton.jit
     def symmetric_kernel(
-        A, B, D, C, alpha, beta, gamma, each, p: tl.constexpr, A_TURNED: tl.constexpr,
-        B_TURNED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    ):  # fmt: skip
+        A,
+        B,
+        D,
+        C,
+        alpha,
+        beta,
+        gamma,
+        each,
+        p: tl.constexpr,
+        A_TURNED: tl.constexpr,
+        B_TURNED: tl.constexpr,
+        TILE: tl.constexpr,
+        DEPTH: tl.constexpr,
+    ):
         """Program (t, matrix): tile t of the lower triangle, counted row by row.
 
         D may be None. each: None, or points to alpha, then beta, then gamma of all matrices.
@@ -84,9 +95,18 @@ def symmetric_by_triton(
         strips.append(TensorDescriptor.from_tensor(X.contiguous(), [1, *block]))
     with torch.cuda.device_of(A):  # Triton launches on the current device
         symmetric_kernel[((side := triton.cdiv(n, TILE)) * (side + 1) // 2, k)](
-            *strips, *tiles, *numbers, each, p=p, A_TURNED=turned[0], B_TURNED=turned[1],
-            TILE=TILE, DEPTH=DEPTH, num_warps=4, num_stages=STAGES,
-        )  # fmt: skip
+            *strips,
+            *tiles,
+            *numbers,
+            each,
+            p=p,
+            A_TURNED=turned[0],
+            B_TURNED=turned[1],
+            TILE=TILE,
+            DEPTH=DEPTH,
+            num_warps=4,
+            num_stages=STAGES,
+        )
     return C
 
 

@@ -14,9 +14,14 @@ from .kernels import kernel_runs, symmetric_by_triton
 
 
 def symmetric_product(
-    A: Tensor, B: Tensor, D: Tensor | None = None, *, alpha: float | Tensor = 1.0,
-    beta: float | Tensor = 0.0, gamma: float | Tensor = 0.0,
-) -> Tensor:  # fmt: skip
+    A: Tensor,
+    B: Tensor,
+    D: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 0.0,
+    gamma: float | Tensor = 0.0,
+) -> Tensor:
     """alpha A B^T + beta D + gamma I, symmetric: (k, n, p) twice -> (k, n, n).
 
     alpha, beta, gamma: three numbers, or three float32 tensors (k,), one number for each matrix.
@@ -29,9 +34,13 @@ def symmetric_product(
 
 
 def symmetric_by_torch(
-    A: Tensor, B: Tensor, D: Tensor | None, alpha: float | Tensor, beta: float | Tensor,
+    A: Tensor,
+    B: Tensor,
+    D: Tensor | None,
+    alpha: float | Tensor,
+    beta: float | Tensor,
     gamma: float | Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     eye = torch.eye(A.size(-2), dtype=A.dtype, device=A.device)
     if isinstance(alpha, Tensor):
         alpha, beta, gamma = (number[:, None, None] for number in (alpha, beta, gamma))

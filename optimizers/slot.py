@@ -69,9 +69,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     worth_compiling = True  # False where unrolled loops would compile for minutes
 
     def __init__(
-        self, params, *, reduce: bool = True, reduce_dtype: torch.dtype | None = None,
-        compile: bool | None = None, **hyperparameters,
-    ) -> None:  # fmt: skip
+        self,
+        params,
+        *,
+        reduce: bool = True,
+        reduce_dtype: torch.dtype | None = None,
+        compile: bool | None = None,
+        **hyperparameters,
+    ) -> None:
         self._buckets: list[Bucket] = []
         self._reducer = Reducer([], reduce_dtype)
         self._known = {**type(self).defaults}
@@ -222,9 +227,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return bucket.filled(self.init_state(like), len(bucket.owned[self.rank]))
 
     def _step_weights(
-        self, weight: Tensor, grad: Tensor, state: dict, group: dict,
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict,
+        group: dict,
         kind: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if kind is not None:  # recorded: `grad` has the addresses of gradients of this type
             grad = gather(grad, kind, weight)
         direction = self.update(grad, state, group).to(grad.dtype)

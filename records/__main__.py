@@ -24,8 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     module = import_module(COMMANDS[parser.parse_args(argv[:1]).command])
     command = argparse.ArgumentParser(
-        prog=f"python -m records {argv[0]}", description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=f"python -m records {argv[0]}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.add_arguments(command)
     args = command.parse_args(argv[1:])
     try:

@@ -39,13 +39,18 @@ def script_of(run: Run) -> str:
     Where a run is made and what it writes (records.run.FREE) is left to the command line.
     """
     if not START.search(run.script) or "argv" not in run.meta:
-        raise ValueError(f"{run.path}: found a script that does not end as train_gpt.py does or a "
-                         "log without its arguments, expected a log of train_gpt.py")
+        raise ValueError(
+            f"{run.path}: found a script that does not end as train_gpt.py does or a "
+            "log without its arguments, expected a log of train_gpt.py"
+        )
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in sorted(FREE):
         switch = isinstance(run.meta.get("config", {}).get(name), bool)
-        parser.add_argument(f"--{name}", *["--log-file"] * (name == "log"), action=(
-            argparse.BooleanOptionalAction if switch else "store"))
+        parser.add_argument(
+            f"--{name}",
+            *["--log-file"] * (name == "log"),
+            action=(argparse.BooleanOptionalAction if switch else "store"),
+        )
     _, constants = parser.parse_known_args(run.meta["argv"])
     start = f"{constants!r} + sys.argv[1:]" if constants else "sys.argv[1:]"
     return START.sub(lambda _: f"    sys.exit(main({start}))\n", run.script)

@@ -16,12 +16,16 @@ def check_repeats(groups: list[Group]) -> None:
         for each in one.runs:
             curve, name = tuple(point[:4] for point in each.points), f"{one.name}/{each.name}"
             if curve in seen:
-                raise ValueError(f"found the same run twice: {seen[curve]} and {name}, expected "
-                                 "different runs; drop one of them")
+                raise ValueError(
+                    f"found the same run twice: {seen[curve]} and {name}, expected "
+                    "different runs; drop one of them"
+                )
             seen[curve] = name
         if (again := same_seeds(one)) and not one.published:
-            raise ValueError(f"{one.name}: found {again}, expected a seed of its own for each run; "
-                             "drop the repeats")
+            raise ValueError(
+                f"{one.name}: found {again}, expected a seed of its own for each run; "
+                "drop the repeats"
+            )
 
 
 def same_seeds(one: Group) -> str:
@@ -36,8 +40,10 @@ def warnings(sized: list[tuple[Group, int]], target: float) -> list[str]:
     for one, step in sized:
         runs = sorted(one.runs, key=lambda each: (each.seed is None, each.seed or 0))
         if extended_until_passed([each.loss_at(step) for each in runs], target):
-            found.append(f"{one.name}: the rule holds for {len(runs)} runs and not for the first "
-                         f"{len(runs) - 1}; if n was extended until it held, p is larger")
+            found.append(
+                f"{one.name}: the rule holds for {len(runs)} runs and not for the first "
+                f"{len(runs) - 1}; if n was extended until it held, p is larger"
+            )
         if again := same_seeds(one):
             found.append(f"{one.name} counts {again}")
         for status, count in Counter(each.status for each in one.runs).items():
@@ -55,8 +61,10 @@ def warnings(sized: list[tuple[Group, int]], target: float) -> list[str]:
         count = "one thing" if len(things) == 1 else f"{len(things)} things"
         found.append(f"the runs differ in {count}: {'; '.join(things)}")
     if target != TARGET:
-        found.append(f"the rule assumes a sigma measured at {TARGET} on FineWeb, this target is "
-                     f"{target:g}: go by Student's t")
+        found.append(
+            f"the rule assumes a sigma measured at {TARGET} on FineWeb, this target is "
+            f"{target:g}: go by Student's t"
+        )
     return found
 
 
@@ -68,9 +76,11 @@ def differences(groups: list[Group]) -> list[str]:
             for key, value in _stated(each).items():
                 seen = values.setdefault(key, {}).setdefault(one.name, [])
                 seen += [] if value in seen else [value]
-    return [f"{key} " + ", ".join(f"{' and '.join(seen)} ({name})" for name, seen in by.items())
-            for key, by in values.items() if len({value for seen in by.values() for value in seen})
-            > 1]
+    return [
+        f"{key} " + ", ".join(f"{' and '.join(seen)} ({name})" for name, seen in by.items())
+        for key, by in values.items()
+        if len({value for seen in by.values() for value in seen}) > 1
+    ]
 
 
 def _unknown(groups: list[Group]) -> str:
@@ -88,10 +98,14 @@ def _stated(each: Run) -> dict[str, str]:
     stated["scored metric"] = each.metric
     stated |= {key: f"{each.meta[key]}" for key in ("torch", "method") if key in each.meta}
     code = each.meta.get("code_sha256") or (
-        sha256(each.script.encode()).hexdigest() if each.script else "")
+        sha256(each.script.encode()).hexdigest() if each.script else ""
+    )
     for kind, value in (("code", code), ("code (md5)", each.meta.get("source_md5"))):
         stated |= {kind: value[:7]} if value else {}
     for one in each.optim["groups"] if each.optim else []:
-        stated |= {f"{one['name']}.{key}": f"{value}" for key, value in one.items()
-                   if key not in ("name", "optimizer", "initial_lr")}
+        stated |= {
+            f"{one['name']}.{key}": f"{value}"
+            for key, value in one.items()
+            if key not in ("name", "optimizer", "initial_lr")
+        }
     return stated

@@ -38,8 +38,10 @@ def run(args: Namespace) -> None:
     groups = [group(name) for name in args.groups]
     target = target_of(groups, args.target)
     if target is None:
-        raise ValueError("found no target in these logs, expected the loss that runs have to "
-                         "reach; name it with --target")
+        raise ValueError(
+            "found no target in these logs, expected the loss that runs have to "
+            "reach; name it with --target"
+        )
     check_repeats(groups)
     sized = [(one, one.last_step() if args.step is None else args.step) for one in groups]
     say(*loss_table(sized, target), args.markdown)
@@ -51,24 +53,50 @@ def run(args: Namespace) -> None:
 
 
 def loss_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
-    header = ["group", "step", "n", "mean loss", "sd", "95% t interval",
-              f"({target:g} - mean) sqrt(n)", "rule", f"p (sigma {SIGMA})", "p (Student's t)"]
+    header = [
+        "group",
+        "step",
+        "n",
+        "mean loss",
+        "sd",
+        "95% t interval",
+        f"({target:g} - mean) sqrt(n)",
+        "rule",
+        f"p (sigma {SIGMA})",
+        "p (Student's t)",
+    ]
     rows = []
     for one, step in sized:
         losses = one.losses(step)
         found, official = summary(losses), precision(losses, target)
-        rows.append([one.name, f"{step}", f"{found.n}", f"{found.mean:.5f}",
-                     number(found.sd, ".5f"), interval(found, ".5f"), f"{official.statistic:.5f}",
-                     "passes" if official.passes else "fails", p_value(official.p),
-                     p_value(official.p_t)])
+        rows.append(
+            [
+                one.name,
+                f"{step}",
+                f"{found.n}",
+                f"{found.mean:.5f}",
+                number(found.sd, ".5f"),
+                interval(found, ".5f"),
+                f"{official.statistic:.5f}",
+                "passes" if official.passes else "fails",
+                p_value(official.p),
+                p_value(official.p_t),
+            ]
+        )
     return header, rows
 
 
 def target_table(groups: list[Group], target: float) -> tuple[list[str], list[list[str]]]:
     """Interpolated crossings; all that reach count. No interval unless every run
     was seen to cross, for that would select runs."""
-    header = ["group", f"runs that reach {target:g}", "steps to it", "95% t interval",
-              "seconds to it", "95% t interval"]
+    header = [
+        "group",
+        f"runs that reach {target:g}",
+        "steps to it",
+        "95% t interval",
+        "seconds to it",
+        "95% t interval",
+    ]
     rows = []
     for one in groups:
         reached = sum(each.crossing(target) is not None for each in one.runs)
@@ -89,9 +117,20 @@ def _crossings(one: Group, target: float, field: int) -> list[float]:
 
 def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
     """Differences are old - new, so that a positive one is a gain of the new group."""
-    header = ["new against old", "loss gained", "Welch p", "pairwise rule", "better", "p",
-              "steps gained", "seconds gained", "same seeds", "loss gained, paired", "paired p",
-              "steps gained, paired"]
+    header = [
+        "new against old",
+        "loss gained",
+        "Welch p",
+        "pairwise rule",
+        "better",
+        "p",
+        "steps gained",
+        "seconds gained",
+        "same seeds",
+        "loss gained, paired",
+        "paired p",
+        "steps gained, paired",
+    ]
     rows = []
     for (old, old_step), (new, new_step) in combinations(sized, 2):
         a, b = old.losses(old_step), new.losses(new_step)
@@ -101,13 +140,21 @@ def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]
         gained = [_gain(old, new, target, field, form) for field, form in ((2, ".1f"), (3, ".2f"))]
         if len({hardware(each) for each in (*old.runs, *new.runs)}) > 1:
             gained[1] = "-"  # such seconds do not compare
-        rows.append([f"{new.name} against {old.name}", _with_interval(test, ".5f"),
-                     p_value(test.p), f"{rule.statistic:.5f}",
-                     "yes" if rule.passes else "not shown", p_value(rule.p), *gained,
-                     f"{both.n}" if both else "-",
-                     _with_interval(both, ".5f") if both else "-",
-                     p_value(both.p) if both else "-",
-                     _with_interval(steps, ".1f") if steps else "-"])
+        rows.append(
+            [
+                f"{new.name} against {old.name}",
+                _with_interval(test, ".5f"),
+                p_value(test.p),
+                f"{rule.statistic:.5f}",
+                "yes" if rule.passes else "not shown",
+                p_value(rule.p),
+                *gained,
+                f"{both.n}" if both else "-",
+                _with_interval(both, ".5f") if both else "-",
+                p_value(both.p) if both else "-",
+                _with_interval(steps, ".1f") if steps else "-",
+            ]
+        )
     return header, rows
 
 

@@ -8,9 +8,12 @@ from typing import Any
 from records.run import FREE, Run
 
 OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colour-blind-safe set)
-    "aurora": ("Aurora", "#D55E00"), "riemannian": ("Riemannian Aurora", "#E69F00"),
-    "muon": ("Muon", "#0072B2"), "adamw": ("AdamW", "#56B4E9"),
-    "normuon": ("NorMuon", "#009E73"), "unormuon": ("U-NorMuon", "#CC79A7"),
+    "aurora": ("Aurora", "#D55E00"),
+    "riemannian": ("Riemannian Aurora", "#E69F00"),
+    "muon": ("Muon", "#0072B2"),
+    "adamw": ("AdamW", "#56B4E9"),
+    "normuon": ("NorMuon", "#009E73"),
+    "unormuon": ("U-NorMuon", "#CC79A7"),
 }
 STYLES = ("-", "--", ":", "-.")  # of the first, second ... group of one colour
 Groups = dict[str, list[Run]]
@@ -32,8 +35,11 @@ def settings(run: Run) -> dict[str, Any]:
     if "config" not in run.meta:
         return {"optimizer": str(run.path.parent)}
     config = {key: value for key, value in run.meta["config"].items() if key not in FREE}
-    return config | {"optimizer": run.meta["optimizer"], "GPUs": gpus(run.meta),
-                     "code": run.meta.get("code_sha256", "unknown")[:7]}
+    return config | {
+        "optimizer": run.meta["optimizer"],
+        "GPUs": gpus(run.meta),
+        "code": run.meta.get("code_sha256", "unknown")[:7],
+    }
 
 
 def group_runs(runs: list[Run]) -> Groups:
@@ -45,9 +51,19 @@ def group_runs(runs: list[Run]) -> Groups:
     every = [settings(group[0]) for group in groups]
     keys = dict.fromkeys(key for one in every for key in one)
     differ = [key for key in keys if len({json.dumps(one.get(key)) for one in every}) > 1]
-    labels = [", ".join([look(one["optimizer"])[0], *(
-        f"{one.get(key)}" if key == "GPUs" else f"{key} {one.get(key)}"
-        for key in differ if key != "optimizer")]) for one in every]
+    labels = [
+        ", ".join(
+            [
+                look(one["optimizer"])[0],
+                *(
+                    f"{one.get(key)}" if key == "GPUs" else f"{key} {one.get(key)}"
+                    for key in differ
+                    if key != "optimizer"
+                ),
+            ]
+        )
+        for one in every
+    ]
     return dict(zip(labels, groups, strict=True))
 
 

@@ -14,6 +14,7 @@ from records.run import Run
 @dataclass(frozen=True)
 class Group:
     """Runs that count as repeats of one setup. Published entries have a claimed step."""
+
     name: str
     runs: list[Run]
     step: int | None = None
@@ -24,19 +25,25 @@ class Group:
         for run in self.runs:
             loss = run.loss_at(step)
             if loss is None:
-                raise ValueError(f"{self.name}: {run.name} has no validation at step {step}, "
-                                 f"expected one (its last is {run.final.step}); see --step")
+                raise ValueError(
+                    f"{self.name}: {run.name} has no validation at step {step}, "
+                    f"expected one (its last is {run.final.step}); see --step"
+                )
             if not isfinite(loss):
-                raise ValueError(f"{self.name}: found loss {loss} at step {step} of {run.name}, "
-                                 "expected a number; leave that run out and say so")
+                raise ValueError(
+                    f"{self.name}: found loss {loss} at step {step} of {run.name}, "
+                    "expected a number; leave that run out and say so"
+                )
         return [run.loss_at(step) for run in self.runs]
 
     def last_step(self) -> int:
         """The claimed step, or the last one at which all runs were validated."""
         shared = set.intersection(*({point.step for point in run.points} for run in self.runs))
         if not shared:
-            raise ValueError(f"{self.name}: found no step at which all {len(self.runs)} runs were "
-                             "validated, expected one; compare fewer of them")
+            raise ValueError(
+                f"{self.name}: found no step at which all {len(self.runs)} runs were "
+                "validated, expected one; compare fewer of them"
+            )
         return self.step or max(shared)
 
 
@@ -45,8 +52,10 @@ def group(name: str) -> Group:
     if not name.strip():
         raise ValueError("found an empty name, expected a log or a folder of logs; name one")
     if name == "track_3" and not Path(name).exists():
-        raise ValueError("found track_3, expected one of its entries here; write track_3#46, or "
-                         "show track_3 alone for all of them")
+        raise ValueError(
+            "found track_3, expected one of its entries here; write track_3#46, or "
+            "show track_3 alone for all of them"
+        )
     if name.startswith("track_") and not Path(name).exists():
         found = entry(name)
         return Group(found.label, found.runs, found.steps, published=True)

@@ -15,15 +15,30 @@ def draw_history() -> Any:
     A record is hollow where the losses of its runs do not pass the rule.
     """
     figure, (axes,) = new_figure("Published entries of track 3", 1)
-    looks = {"record": ("#D55E00", "o", "#D55E00"), "no record": ("#0072B2", "x", "#0072B2"),
-             "record whose logs fail the rule": ("#D55E00", "o", "white")}
+    looks = {
+        "record": ("#D55E00", "o", "#D55E00"),
+        "no record": ("#0072B2", "x", "#0072B2"),
+        "record whose logs fail the rule": ("#D55E00", "o", "white"),
+    }
     for label, (colour, marker, fill) in looks.items():
         some = [pair for pair, kind in _claims() if kind == label]
-        axes.plot([day for day, _ in some], [steps for _, steps in some], marker, ms=5,
-                  color=colour, markerfacecolor=fill, label=label, zorder=3)
+        axes.plot(
+            [day for day, _ in some],
+            [steps for _, steps in some],
+            marker,
+            ms=5,
+            color=colour,
+            markerfacecolor=fill,
+            label=label,
+            zorder=3,
+        )
     records = sorted(pair for pair, kind in _claims() if kind != "no record")
-    axes.plot([day for day, _ in records], list(accumulate((n for _, n in records), min)),
-              color="#D55E00", drawstyle="steps-post")
+    axes.plot(
+        [day for day, _ in records],
+        list(accumulate((n for _, n in records), min)),
+        color="#D55E00",
+        drawstyle="steps-post",
+    )
     axes.set(ylabel=f"claimed steps to {TARGET}", yscale="log")
     axes.set_yticks([2500, 3000, 4000, 5000, 6000, 8000], minor=False)
     axes.set_yticks([], minor=True)
@@ -35,9 +50,17 @@ def draw_history() -> Any:
 
 def _claims() -> list[tuple[tuple[date, int], str]]:
     """Date and claimed steps of each entry, and what it is."""
-    return [((date.fromisoformat(entry.date), entry.steps), "no record" if not entry.record else
-             "record" if precision(entry.losses).passes else "record whose logs fail the rule")
-            for entry in track_3().values()]
+    return [
+        (
+            (date.fromisoformat(entry.date), entry.steps),
+            "no record"
+            if not entry.record
+            else "record"
+            if precision(entry.losses).passes
+            else "record whose logs fail the rule",
+        )
+        for entry in track_3().values()
+    ]
 
 
 def draw_entries() -> Any:
@@ -50,12 +73,30 @@ def draw_entries() -> Any:
     for axes, (first, top) in zip(panels, ((300, 4.2), (2400, 3.36)), strict=True):
         for age, entry in enumerate(entries):
             last = entry is entries[-1]
-            style = {"color": "#D55E00" if last else colormaps["viridis"](age / len(entries)),
-                     "label": entry.label, "lw": 1}
-            mean_line(axes, [{point.step: (point.step, point.val_loss) for point in run.points
-                              if point.step >= first} for run in entry.runs], style)
+            style = {
+                "color": "#D55E00" if last else colormaps["viridis"](age / len(entries)),
+                "label": entry.label,
+                "lw": 1,
+            }
+            mean_line(
+                axes,
+                [
+                    {
+                        point.step: (point.step, point.val_loss)
+                        for point in run.points
+                        if point.step >= first
+                    }
+                    for run in entry.runs
+                ],
+                style,
+            )
         axes.axhline(TARGET, ls=(0, (6, 4)), lw=1, color="0.4", label=f"target {TARGET}")
         axes.set(xlabel="step", ylabel="scored loss, mean", ylim=(3.26, top), xlim=(first, None))
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=2, frameon=False, fontsize=8,
-                  loc="outside right upper")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+        loc="outside right upper",
+    )
     return figure

@@ -25,25 +25,33 @@ table { border-collapse: collapse; display: block; font-size: 13px; overflow-x: 
 td, th { border-bottom: 1px solid #ccc; padding: .3em .7em; text-align: left; }
 img { height: auto; max-width: 100%; }
 """
-TITLES = {"loss_steps": "Validation loss against steps",
-          "loss_time": "Validation loss against time",
-          "steps_to_target": "Steps to the target", "step_time": "Time of a step",
-          "diagnostics": "Neurons of the MLP", "history": "Published entries of track 3",
-          "published_curves": "Mean loss of the published entries that set a record"}
+TITLES = {
+    "loss_steps": "Validation loss against steps",
+    "loss_time": "Validation loss against time",
+    "steps_to_target": "Steps to the target",
+    "step_time": "Time of a step",
+    "diagnostics": "Neurons of the MLP",
+    "history": "Published entries of track 3",
+    "published_curves": "Mean loss of the published entries that set a record",
+}
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    return ("<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
-            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-            f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Without the columns that are all dashes, as in the terminal."""
     keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
     header, rows = [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
-    lines = ["".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in line)
-             for kind, line in (("th", header), *(("td", row) for row in rows))]
+    lines = [
+        "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in line)
+        for kind, line in (("th", header), *(("td", row) for row in rows))
+    ]
     return "<table>\n" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
 
 
@@ -59,13 +67,17 @@ def statistics(groups: list[Group], target: float | None) -> list[str]:
         return ["<p>These logs name no target: there are no statistics; see --target.</p>"]
     check_repeats(groups)
     sized = [(one, one.last_step()) for one in groups]
-    tables = {"Loss at one step": loss_table(sized, target),
-              f"Steps and seconds to {target:g}": target_table(groups, target)}
+    tables = {
+        "Loss at one step": loss_table(sized, target),
+        f"Steps and seconds to {target:g}": target_table(groups, target),
+    }
     tables |= {"Each pair of groups": pair_table(sized, target)} if len(groups) > 1 else {}
     caveats = "".join(f"<li>{escape(warning)}</li>" for warning in warnings(sized, target))
-    return ["<h2>Statistics</h2>", *(f"<h3>{escape(title)}</h3>\n{table(*one)}"
-                                     for title, one in tables.items()),
-            *([f"<h3>Caveats</h3>\n<ul>{caveats}</ul>"] if caveats else [])]
+    return [
+        "<h2>Statistics</h2>",
+        *(f"<h3>{escape(title)}</h3>\n{table(*one)}" for title, one in tables.items()),
+        *([f"<h3>Caveats</h3>\n<ul>{caveats}</ul>"] if caveats else []),
+    ]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,8 +90,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     check_folder(args.out.absolute().parent)
     if args.out.is_dir():
-        raise ValueError(f"--out: {args.out} is a folder, expected the name of an HTML file; "
-                         f"write {args.out / 'report.html'}")
+        raise ValueError(
+            f"--out: {args.out} is a folder, expected the name of an HTML file; "
+            f"write {args.out / 'report.html'}"
+        )
     names = [name for name in args.paths if name != "track_3"]
     groups, parts, drawn = read_groups(names), [], {}
     if groups:

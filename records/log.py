@@ -17,12 +17,20 @@ from records.upstream import LOOKS_SCORED, public_runs
 
 FORMAT = 1
 RULE = "=" * 100
-STEP = re.compile(r"step:(\d{1,15})/(\d{1,15}) val_loss:(\d{1,30}\.\d+|-?inf|nan) "
-                  r"train_time:(\d{1,15}\.\d+)s step_avg:(\d{1,15}\.\d+|nan)ms")
+STEP = re.compile(
+    r"step:(\d{1,15})/(\d{1,15}) val_loss:(\d{1,30}\.\d+|-?inf|nan) "
+    r"train_time:(\d{1,15}\.\d+)s step_avg:(\d{1,15}\.\d+|nan)ms"
+)
 NUMBER, MISSING = (int, float), type(None)
 REQUIRED = {  # the words we know and the keys that readers rely on, with their types
-    "meta": {"format": int, "optimizer": str, "seed": int, "world_size": int, "device": str,
-             "config": dict},
+    "meta": {
+        "format": int,
+        "optimizer": str,
+        "seed": int,
+        "world_size": int,
+        "device": str,
+        "config": dict,
+    },
     "optim": {"step": int, "groups": list},
     "target": {"loss": NUMBER, "step": int, "crossing_step": NUMBER},
     "end": {"status": str},
@@ -58,11 +66,14 @@ def _logs_in(folder: Path) -> Iterator[Path]:
         try:
             names = [str(folder / name) for name in json.loads(record.read_text("utf-8"))["logs"]]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{record}: found no list "logs" ({error!r}), expected the names of '
-                             "the logs that count; write them") from None
+            raise ValueError(
+                f'{record}: found no list "logs" ({error!r}), expected the names of '
+                "the logs that count; write them"
+            ) from None
         if missing := [name for name in names if not Path(name).is_file()]:
-            raise ValueError(f"{record}: found no {missing[0]}, expected each of its logs; "
-                             "restore it")
+            raise ValueError(
+                f"{record}: found no {missing[0]}, expected each of its logs; restore it"
+            )
         yield from map(Path, names)
         return
     for child in sorted(folder.iterdir()):
@@ -76,9 +87,10 @@ def parse_runs(path: str | Path) -> list[Run]:
     """All trials of one log, ours or a public one; ValueError with file and line."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rules = [number for number, line in enumerate(lines, 1)
-             if line[:1] == "=" and line.rstrip() == RULE]
-    header = lines[rules[0]:rules[-1]] if rules else []
+    rules = [
+        number for number, line in enumerate(lines, 1) if line[:1] == "=" and line.rstrip() == RULE
+    ]
+    header = lines[rules[0] : rules[-1]] if rules else []
     if len(rules) > 1 and any(line.startswith("meta: {") for line in header):
         return [parse_log(path)]
     return public_runs(path, lines, rules)
@@ -92,11 +104,11 @@ def parse_log(path: str | Path) -> Run:
     if len(rules) < 2:
         found = f"the end after {len(rules)} lines of 100 '='"
         raise line_error(path, len(lines), found, "2 of them")
-    meta = _json_lines(path, lines[:rules[1]], rules[0]).get("meta", [{"format": "missing"}])[-1]
+    meta = _json_lines(path, lines[: rules[1]], rules[0]).get("meta", [{"format": "missing"}])[-1]
     body = _json_lines(path, lines, rules[1])
     if meta["format"] != FORMAT:
         raise line_error(path, rules[1], f"meta: format {meta['format']}", f"{FORMAT}")
-    script = "".join(f"{line}\n" for line in lines[:rules[0] - 1])
+    script = "".join(f"{line}\n" for line in lines[: rules[0] - 1])
     optim, target, end = (body.pop(word, [None])[-1] for word in ("optim", "target", "end"))
     return Run(path, script, meta, _points(path, lines, rules[1]), optim, target, end, body)
 
@@ -123,16 +135,24 @@ def _json_lines(path: Path, lines: list[str], start: int) -> dict[str, list[dict
 
 def _wrong_type(word: str, value: dict) -> str:
     """The first key with a value of another type than readers rely on; numbers are finite."""
-    types = REQUIRED.get(word, {}) | {key: kind for key, kind in OPTIONAL.get(word, {}).items()
-                                      if key in value}
+    types = REQUIRED.get(word, {}) | {
+        key: kind for key, kind in OPTIONAL.get(word, {}).items() if key in value
+    }
     for key, kind in types.items():
         one = value[key]
-        if (not isinstance(one, kind) or isinstance(one, bool)
-                or isinstance(one, float) and not isfinite(one)):
+        if (
+            not isinstance(one, kind)
+            or isinstance(one, bool)
+            or isinstance(one, float)
+            and not isfinite(one)
+        ):
             return f"{key} {json.dumps(one)[:60]}"
     if word == "optim":
-        wrong = [each for each in value["groups"] if not isinstance(each, dict)
-                 or "name" not in each or _wrong_type("groups", each)]
+        wrong = [
+            each
+            for each in value["groups"]
+            if not isinstance(each, dict) or "name" not in each or _wrong_type("groups", each)
+        ]
         return f"a group {json.dumps(wrong[0])[:60]}" if wrong else ""
     return _wrong_type("config", value["config"]) if word == "meta" else ""
 
@@ -151,8 +171,12 @@ def _points(path: Path, lines: list[str], start: int) -> list[Point]:
         if point.step > point.total_steps:
             raise line_error(path, number, f"step {point.step} of {point.total_steps}", "no more")
         if points and point.train_time_s < points[-1].train_time_s:
-            raise line_error(path, number, f"train_time {point.train_time_s:g} s",
-                             f"{points[-1].train_time_s:g} s or more, as before")
+            raise line_error(
+                path,
+                number,
+                f"train_time {point.train_time_s:g} s",
+                f"{points[-1].train_time_s:g} s or more, as before",
+            )
         points.append(point)
     if not points:
         found = "the end without any step: line"

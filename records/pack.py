@@ -24,8 +24,16 @@ from records.record import FACTS, RECORDS, contents, problems_of, sha256
 from records.run import Run
 
 TRACK = RECORDS / "track_3_optimization"
-FIXED = {"target": 3.28, "batch_tokens": 524_288, "val_tokens": 10_485_760, "row_tokens": 1024,
-         "layers": 12, "width": 768, "head_dim": 128, "vocab_size": 50304}
+FIXED = {
+    "target": 3.28,
+    "batch_tokens": 524_288,
+    "val_tokens": 10_485_760,
+    "row_tokens": 1024,
+    "layers": 12,
+    "width": 768,
+    "head_dim": 128,
+    "vocab_size": 50304,
+}
 
 
 def pack(runs: list[Run], folder: Path, facts: dict) -> None:
@@ -50,11 +58,14 @@ def update(folder: Path) -> None:
         if not (names := [str(name) for name in record["logs"]]):
             raise ValueError("no log")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: found no record ({error!r}), expected what pack wrote; restore "
-                         "it or pack its logs again") from error
+        raise ValueError(
+            f"{path}: found no record ({error!r}), expected what pack wrote; restore "
+            "it or pack its logs again"
+        ) from error
     if missing := [name for name in ("curves.png", *names) if not (folder / name).is_file()]:
-        raise ValueError(f"{folder / missing[0]}: missing, expected all files of the record; "
-                         "restore it")
+        raise ValueError(
+            f"{folder / missing[0]}: missing, expected all files of the record; restore it"
+        )
     logs = {name: parse_log(folder / name) for name in names}
     if problems := problems_of(list(logs.values())):
         raise ValueError(problems[0])
@@ -68,8 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="lower case letters, digits, - and _")
     parser.add_argument("--what", default="", help="what changed, one sentence")
     parser.add_argument("--baseline", default="", help="track_3#36 or a folder below records/")
-    parser.add_argument("--update", action="store_true", help="FOLDER is a record: write its pages "
-                        "again, after a change of this program")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="FOLDER is a record: write its pages again, after a change of this program",
+    )
     parser.add_argument("--out", type=Path, help=f"new folder, default {TRACK.name}/DATE_NAME")
 
 
@@ -80,20 +94,29 @@ def run(args: argparse.Namespace) -> None:
         return
     today, runs = f"{date.today()}", read_runs([args.folder])
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", args.name):
-        raise ValueError(f"name '{args.name}': expected --name with lower case letters, digits, - "
-                         "and _")
+        raise ValueError(
+            f"name '{args.name}': expected --name with lower case letters, digits, - and _"
+        )
     if re.search(r"[|\n]", args.what):
         raise ValueError(f"what {args.what!r}: expected one sentence without | and line breaks")
     for one in runs:
         config = one.meta.get("config", {})
-        wrong = [f"{key} {config.get(key)} instead of {value}" for key, value in FIXED.items()
-                 if config.get(key) != value]
+        wrong = [
+            f"{key} {config.get(key)} instead of {value}"
+            for key, value in FIXED.items()
+            if config.get(key) != value
+        ]
         if wrong and args.out is None:
-            raise ValueError(f"{one.path}: no run of track 3, it has {', '.join(wrong)}; "
-                             "name a folder with --out")
+            raise ValueError(
+                f"{one.path}: no run of track 3, it has {', '.join(wrong)}; "
+                "name a folder with --out"
+            )
     folder = args.out or TRACK / f"{today}_{args.name}"
-    pack(runs, folder, {"name": args.name, "date": today, "what": args.what,
-                        "baseline": _baseline(args.baseline)})
+    pack(
+        runs,
+        folder,
+        {"name": args.name, "date": today, "what": args.what, "baseline": _baseline(args.baseline)},
+    )
     print(f"{len(runs)} log{'s' if len(runs) > 1 else ''} in {folder}")
 
 
@@ -103,6 +126,8 @@ def _baseline(name: str) -> str:
         return name
     record = Path(name).resolve()
     if not (record / "record.json").is_file() or RECORDS not in record.parents:
-        raise ValueError(f"baseline {name}: found no record, expected a folder with record.json "
-                         f"below {RECORDS}, or track_3#N")
+        raise ValueError(
+            f"baseline {name}: found no record, expected a folder with record.json "
+            f"below {RECORDS}, or track_3#N"
+        )
     return record.relative_to(RECORDS).as_posix()

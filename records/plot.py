@@ -26,8 +26,14 @@ def draw_loss(groups: Groups, target: float | None, time: bool = False) -> Any:
     last = max(run.final.step for runs in groups.values() for run in runs)
     for axes, first in zip(panels, (0.1 * last, 2 / 3 * last), strict=True):
         for label, style in looks(groups).items():
-            curves = [{p.step: (p.train_time_s if time else p.step, p.val_loss)
-                       for p in run.points if p.step >= first} for run in groups[label]]
+            curves = [
+                {
+                    p.step: (p.train_time_s if time else p.step, p.val_loss)
+                    for p in run.points
+                    if p.step >= first
+                }
+                for run in groups[label]
+            ]
             mean_line(axes, curves, style)
         if target:
             axes.axhline(target, ls=(0, (6, 4)), lw=1, color="0.4", label=f"target {target:.6g}")
@@ -39,27 +45,39 @@ def draw_loss(groups: Groups, target: float | None, time: bool = False) -> Any:
 def draw_crossings(groups: Groups, target: float) -> Any | None:
     """One dot per run: the step at which its loss crossed the target; None where none is known."""
     figure, (axes,) = new_figure(f"Steps to a loss of {target:.6g}", 1)
-    found = {label: [crossing.exact_step for run in runs if (crossing := run.crossing(target))]
-             for label, runs in groups.items()}
+    found = {
+        label: [crossing.exact_step for run in runs if (crossing := run.crossing(target))]
+        for label, runs in groups.items()
+    }
     steps = {label: [step for step in some if not isnan(step)] for label, some in found.items()}
     for row, (label, style) in enumerate(looks(groups, band=False).items()):
         axes.plot(steps[label], [row] * len(steps[label]), "o", color=style["color"], alpha=0.6)
         if steps[label]:
             axes.plot(fmean(steps[label]), row, "|", ms=22, mew=2, color=style["color"])
     axes.set(xlabel=f"steps to {target:.6g} (bar: mean)", ylim=(-0.6, len(groups) - 0.4))
-    axes.set_yticks(range(len(groups)), [
-        f"{label}\n{len(steps[label])} of {len(runs)}" + (
-            f", {lost} not bracketed" if (lost := len(found[label]) - len(steps[label])) else "")
-        for label, runs in groups.items()])
+    axes.set_yticks(
+        range(len(groups)),
+        [
+            f"{label}\n{len(steps[label])} of {len(runs)}"
+            + (f", {lost} not bracketed" if (lost := len(found[label]) - len(steps[label])) else "")
+            for label, runs in groups.items()
+        ],
+    )
     axes.locator_params(axis="x", nbins=5)
     return figure if any(steps.values()) else None
 
 
 def draw_times(groups: Groups) -> Any | None:
     """Histogram of the time of a step, averaged between two validations; None without times."""
-    times = {label: [1000 * (b.train_time_s - a.train_time_s) / (b.step - a.step)
-                     for run in runs for a, b in zip(run.points, run.points[1:], strict=False)
-                     if b.train_time_s > a.train_time_s] for label, runs in groups.items()}
+    times = {
+        label: [
+            1000 * (b.train_time_s - a.train_time_s) / (b.step - a.step)
+            for run in runs
+            for a, b in zip(run.points, run.points[1:], strict=False)
+            if b.train_time_s > a.train_time_s
+        ]
+        for label, runs in groups.items()
+    }
     every = [value for values in times.values() for value in values]
     if not every:
         return None
@@ -84,8 +102,11 @@ def _diagnosis(run: Run, kind: str, title: str) -> dict[float, tuple[float, floa
     """{step: (step, mean over the layers of a kind)}; neurons that never fire where not titled."""
     curve = {}
     for line in run.extra.get("diag", []):
-        part, of = ("matrices", DIAGNOSES[title]) if title in DIAGNOSES else (
-            "neurons", lambda layer: layer["silent"])
+        part, of = (
+            ("matrices", DIAGNOSES[title])
+            if title in DIAGNOSES
+            else ("neurons", lambda layer: layer["silent"])
+        )
         values = [of(v) for name, v in line[part].items() if kind in name.split(".")]
         values = [value for value in values if value is not None]
         if values:
@@ -124,18 +145,23 @@ def read_groups(names: list[str]) -> list[Group]:
         one.last_step()  # ValueError where they share none: there is no mean
         for run in one.runs:
             if wrong := [point for point in run.points if not isfinite(point.val_loss)]:
-                raise ValueError(f"{run.path}: found loss {wrong[0].val_loss} at step "
-                                 f"{wrong[0].step}, expected numbers; leave that run out")
+                raise ValueError(
+                    f"{run.path}: found loss {wrong[0].val_loss} at step "
+                    f"{wrong[0].step}, expected numbers; leave that run out"
+                )
     return groups
 
 
 def pictures(groups: Groups, target: float | None) -> dict[str, Any]:
     """Name to figure, of those for which the groups have data."""
     times = draw_times(groups)
-    drawn = {"loss_steps": draw_loss(groups, target),
-             "loss_time": draw_loss(groups, target, time=True) if times else None,
-             "steps_to_target": draw_crossings(groups, target) if target else None,
-             "step_time": times, "diagnostics": draw_diagnostics(groups)}
+    drawn = {
+        "loss_steps": draw_loss(groups, target),
+        "loss_time": draw_loss(groups, target, time=True) if times else None,
+        "steps_to_target": draw_crossings(groups, target) if target else None,
+        "step_time": times,
+        "diagnostics": draw_diagnostics(groups),
+    }
     return {name: figure for name, figure in drawn.items() if figure}
 
 
@@ -165,8 +191,11 @@ def run(args: argparse.Namespace) -> None:
     groups = {one.name: one.runs for one in found}
     drawn = pictures(groups, target) if found else {}
     drawn |= history() if "track_3" in args.paths else {}
-    files = {args.out / f"{name}.{kind}": rendered(figure, kind)
-             for name, figure in drawn.items() for kind in ("png", "svg")}
+    files = {
+        args.out / f"{name}.{kind}": rendered(figure, kind)
+        for name, figure in drawn.items()
+        for kind in ("png", "svg")
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():
         path.write_bytes(data)

@@ -22,6 +22,7 @@ TARGET = 3.28
 @dataclass(frozen=True)
 class Entry:
     """One line of the leaderboard; claimed values are as printed there."""
+
     number: int
     steps: int
     mean_loss: float
@@ -47,8 +48,10 @@ def entry(name: str) -> Entry:
     """The entry that a name like track_3#36 stands for; ValueError where there is none."""
     entries, match = track_3(), ENTRY.fullmatch(name)
     if match is None or int(match[1]) not in entries:
-        raise ValueError(f"found no entry {name}, expected track_3#1 to track_3#{max(entries)}; "
-                         "see python -m records show track_3")
+        raise ValueError(
+            f"found no entry {name}, expected track_3#1 to track_3#{max(entries)}; "
+            "see python -m records show track_3"
+        )
     return entries[int(match[1])]
 
 
@@ -61,8 +64,13 @@ def track_3() -> dict[int, Entry]:
     for row in _rows("runs"):
         if row["role"] == "evidence":
             runs.setdefault(int(row["entry"]), []).append(
-                _run(row, points[row["entry"], row["run"]], scored[row["entry"]],
-                     methods[row["entry"]]))
+                _run(
+                    row,
+                    points[row["entry"], row["run"]],
+                    scored[row["entry"]],
+                    methods[row["entry"]],
+                )
+            )
     notes: dict[tuple[int, int], list[float]] = {}
     for row in _rows("readme_only"):
         key = int(row["entry"]), int(row["step"])
@@ -71,8 +79,16 @@ def track_3() -> dict[int, Entry]:
     for row in _rows("results"):
         number, steps = int(row["entry"]), int(row["steps"])
         entries[number] = Entry(
-            number, steps, float(row["mean_loss"]), int(row["n"]), row["record"] == "1",
-            row["method"], row["date"], runs.get(number, []), notes.get((number, steps), []))
+            number,
+            steps,
+            float(row["mean_loss"]),
+            int(row["n"]),
+            row["record"] == "1",
+            row["method"],
+            row["date"],
+            runs.get(number, []),
+            notes.get((number, steps), []),
+        )
     return entries
 
 
@@ -87,17 +103,35 @@ def _points(scored: dict[str, str]) -> dict[tuple[str, str], list[Point]]:
         if loss := row[scored[row["entry"]]]:
             time = float(row["train_time_s"]) if row["train_time_s"] else nan
             points.setdefault((row["entry"], row["run"]), []).append(
-                Point(int(row["step"]), int(row["total_steps"]), float(loss), time, nan))
+                Point(int(row["step"]), int(row["total_steps"]), float(loss), time, nan)
+            )
     return points
 
 
 def _run(row: dict[str, str], points: list[Point], metric: str, method: str) -> Run:
     known = {"seed": row["seed"], "world_size": row["world_size"]}
     meta: dict = {key: int(value) for key, value in known.items() if value}
-    meta |= {key: value for key, value in (("device", row["gpu"]), ("torch", row["torch"]),
-                                           ("source_md5", row["source_md5"]), ("method", method))
-             if value}
+    meta |= {
+        key: value
+        for key, value in (
+            ("device", row["gpu"]),
+            ("torch", row["torch"]),
+            ("source_md5", row["source_md5"]),
+            ("method", method),
+        )
+        if value
+    }
     last, total = int(row["last_step"]), int(row["total_steps"])
     status = "complete" if last == total else f"ends at step {last} of {total}"
-    return Run(Path(row["file"]), "", meta, points, None, None, {"status": status}, {},
-               int(row["trial"]), metric)
+    return Run(
+        Path(row["file"]),
+        "",
+        meta,
+        points,
+        None,
+        None,
+        {"status": status},
+        {},
+        int(row["trial"]),
+        metric,
+    )

@@ -35,8 +35,20 @@ def prose_runs(root: Path, folder: str = "records/prose") -> list[Run]:
 def prose_table(root: Path, folder="records/prose", page="", timed=True) -> str:
     """One row per log, crashed runs included; its link begins in the folder of the page. timed:
     with the columns of time, which say nothing of runs that shared their GPUs."""
-    header = ["optimizer", "GPUs", "seed", "loss at 250", "at 375", "at 500", "final (step)",
-              "steps to target (interpolated)", "train time (s)", "ms per step", "tokens/s", "log"]
+    header = [
+        "optimizer",
+        "GPUs",
+        "seed",
+        "loss at 250",
+        "at 375",
+        "at 500",
+        "final (step)",
+        "steps to target (interpolated)",
+        "train time (s)",
+        "ms per step",
+        "tokens/s",
+        "log",
+    ]
     command = f"python train_gpt.py --preset prose --log {folder}/NAME.txt"
     rows = [_prose_row(run, root / page) for run in prose_runs(root, folder)]
     if not timed:
@@ -54,11 +66,18 @@ def _prose_row(run: Run, page: Path) -> list[str]:
     if goal and run.crossing(goal) is None:
         steps = f"{goal:.6g} not reached"
     name = look(meta["optimizer"])[0] + (", FP8" if meta["config"].get("fp8") else "")
-    return [name, gpus(meta), str(meta["seed"]),
-            *(number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
-            final if run.status == "complete" else f"{final}, {run.status}", steps,
-            f"{last.train_time_s:.3f}", shown["ms per step"], shown["tokens/s"],
-            f"[log]({run.path.relative_to(page).as_posix()})"]
+    return [
+        name,
+        gpus(meta),
+        str(meta["seed"]),
+        *(number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
+        final if run.status == "complete" else f"{final}, {run.status}",
+        steps,
+        f"{last.train_time_s:.3f}",
+        shown["ms per step"],
+        shown["tokens/s"],
+        f"[log]({run.path.relative_to(page).as_posix()})",
+    ]
 
 
 def leaderboard(root: Path) -> str:
@@ -70,20 +89,43 @@ def leaderboard(root: Path) -> str:
             order = (not record["passes"], record["steps"], record["mean_loss"], path)
             rows.append((order, _record_row(record, path.parent.relative_to(root / "records"))))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: found no record ({error!r}), expected what pack wrote; run "
-                             f"python -m records verify {path.parent}") from error
-    header = ["track", "steps", "mean loss", "sd", "n", "target", "statistic", "passes",
-              "optimizer", "what", "date", "record"]
+            raise ValueError(
+                f"{path}: found no record ({error!r}), expected what pack wrote; run "
+                f"python -m records verify {path.parent}"
+            ) from error
+    header = [
+        "track",
+        "steps",
+        "mean loss",
+        "sd",
+        "n",
+        "target",
+        "statistic",
+        "passes",
+        "optimizer",
+        "what",
+        "date",
+        "record",
+    ]
     table = markdown(header, [row for _, row in sorted(rows)])
     return table if rows else "no record yet: run `python -m records pack FOLDER --name NAME`\n"
 
 
 def _record_row(record: dict, folder: Path) -> list[str]:
-    return [folder.parent.name, f"{record['steps']}", f"{record['mean_loss']:.5f}",
-            number(record["sd"], ".5f"), f"{record['n']}", f"{record['target']:.6g}",
-            f"{record['statistic']:.5f}", "yes" if record["passes"] else "no",
-            look(record["optimizer"])[0], record["what"] or "-", record["date"],
-            f"[{record['name']}]({folder.as_posix()}/README.md)"]
+    return [
+        folder.parent.name,
+        f"{record['steps']}",
+        f"{record['mean_loss']:.5f}",
+        number(record["sd"], ".5f"),
+        f"{record['n']}",
+        f"{record['target']:.6g}",
+        f"{record['statistic']:.5f}",
+        "yes" if record["passes"] else "no",
+        look(record["optimizer"])[0],
+        record["what"] or "-",
+        record["date"],
+        f"[{record['name']}]({folder.as_posix()}/README.md)",
+    ]
 
 
 def prose_groups(root: Path) -> str:
@@ -93,35 +135,52 @@ def prose_groups(root: Path) -> str:
     for label, group in group_runs(runs).items():
         seeds, losses = [run.seed for run in group], [run.final.val_loss for run in group]
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"records/prose: {label} has seeds {sorted(seeds)}, expected each "
-                             "once; keep one log of each")
+            raise ValueError(
+                f"records/prose: {label} has seeds {sorted(seeds)}, expected each "
+                "once; keep one log of each"
+            )
         crossings = [run.crossing(run.meta["config"]["target"]) for run in group]
-        steps = "-" if None in crossings else number(
-            fmean(c.exact_step for c in crossings), ".1f")
-        rows.append([label, f"{len(group)}", ", ".join(map(str, sorted(seeds))),
-                     f"{fmean(losses):.5f}", f"{stdev(losses):.5f}" if len(losses) > 1 else "-",
-                     steps, f"{fmean(run.final.step_avg_ms for run in group):.2f}"])
+        steps = "-" if None in crossings else number(fmean(c.exact_step for c in crossings), ".1f")
+        rows.append(
+            [
+                label,
+                f"{len(group)}",
+                ", ".join(map(str, sorted(seeds))),
+                f"{fmean(losses):.5f}",
+                f"{stdev(losses):.5f}" if len(losses) > 1 else "-",
+                steps,
+                f"{fmean(run.final.step_avg_ms for run in group):.2f}",
+            ]
+        )
     header = ["runs", "n", "seeds", "mean final loss", "sd", "mean steps to target", "ms per step"]
     return markdown(header, rows) if rows else "not measured yet\n"
 
 
-PAGES = {"README.md": ("bench_optimizers", "bench_trainer", "prose"),
-         "docs/optimizers.md": ("parity", "polar"),
-         "records/bench/README.md": ("growth", "kernels", "ranks", "slot", "trainer"),
-         "records/README.md": ("leaderboard", "prose_groups"),
-         "records/prose/README.md": ("family", "fp8", "gluon", "gpus", "resumed")}
+PAGES = {
+    "README.md": ("bench_optimizers", "bench_trainer", "prose"),
+    "docs/optimizers.md": ("parity", "polar"),
+    "records/bench/README.md": ("growth", "kernels", "ranks", "slot", "trainer"),
+    "records/README.md": ("leaderboard", "prose_groups"),
+    "records/prose/README.md": ("family", "fp8", "gluon", "gpus", "resumed"),
+}
 TABLES = {"prose": prose_table, "leaderboard": leaderboard, "prose_groups": prose_groups}
 TABLES |= benches.TABLES
-TABLES |= {name: partial(prose_table, folder=f"records/prose/{name}", page="records/prose",
-                         timed=name != "gpus") for name in PAGES["records/prose/README.md"]}
+TABLES |= {
+    name: partial(
+        prose_table, folder=f"records/prose/{name}", page="records/prose", timed=name != "gpus"
+    )
+    for name in PAGES["records/prose/README.md"]
+}
 
 
 def fill_tables(text: str, root: Path, page: str = "README.md") -> str:
     """The text of a page with the inside of every marker pair written anew."""
     names = sorted(block[2] for block in BLOCK.finditer(text))
     if names != sorted(PAGES[page]):
-        raise ValueError(f"{page} has whole marker pairs for {names}, expected one for each of "
-                         f"{sorted(PAGES[page])}; see the top of records/report.py")
+        raise ValueError(
+            f"{page} has whole marker pairs for {names}, expected one for each of "
+            f"{sorted(PAGES[page])}; see the top of records/report.py"
+        )
     return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](root) + block[3], text)
 
 
@@ -132,8 +191,10 @@ def check(root: Path, pages: Iterable[str] = PAGES) -> None:
         pairs = zip_longest(text.split("\n"), fill_tables(text, root, page).split("\n"))
         for place, (found, expected) in enumerate(pairs, 1):
             if found != expected:
-                raise ValueError(f"{page} line {place}: found '{found}', expected '{expected}'; "
-                                 "run python -m records.report")
+                raise ValueError(
+                    f"{page} line {place}: found '{found}', expected '{expected}'; "
+                    "run python -m records.report"
+                )
 
 
 def write(root: Path) -> None:

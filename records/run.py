@@ -11,6 +11,7 @@ FREE = {"seed", "trials", "log", "data", "wandb", "device", "diagnostics", "chec
 
 class Point(NamedTuple):
     """One validation. Public logs may lack the number of planned steps (0) and times (nan)."""
+
     step: int
     total_steps: int
     val_loss: float  # the scored loss, see Run.metric
@@ -23,6 +24,7 @@ class Crossing(NamedTuple):
 
     Where no validation stands above the target before it, the exact values are unknown: nan.
     """
+
     step: int
     seconds: float
     exact_step: float
@@ -36,6 +38,7 @@ class Run:
     Of a public log, meta holds only what the log says (torch, device, world_size, seed), optim and
     target are None, end says how far it got, and extra["losses"] has the losses not scored.
     """
+
     path: Path
     script: str
     meta: dict

@@ -15,8 +15,19 @@ from records.table import number, p_value, say
 
 SHORT = {"weight_decay": "wd"}
 UNSET = ("name", "optimizer", "initial_lr", "fused", "decoupled_weight_decay")
-LEADERBOARD = ["entry", "date", "steps", "n", "mean loss", "sd", "(3.28 - mean) sqrt(n)", "rule",
-               "p", "record", "method"]
+LEADERBOARD = [
+    "entry",
+    "date",
+    "steps",
+    "n",
+    "mean loss",
+    "sd",
+    "(3.28 - mean) sqrt(n)",
+    "rule",
+    "p",
+    "record",
+    "method",
+]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,9 +49,21 @@ def run(args: Namespace) -> None:
 def run_table(groups: list[Group], target: float | None) -> tuple[list[str], list[list[str]]]:
     """Header and one row per run."""
     goal = "target" if target is None else f"{target:g}"
-    header = ["group", "run", "status", "step", "final loss", "best loss (step)",
-              f"step at {goal} (interpolated)", f"seconds to {goal}", "ms per step", "tokens/s",
-              "hardware", "optimizer", "seed"]
+    header = [
+        "group",
+        "run",
+        "status",
+        "step",
+        "final loss",
+        "best loss (step)",
+        f"step at {goal} (interpolated)",
+        f"seconds to {goal}",
+        "ms per step",
+        "tokens/s",
+        "hardware",
+        "optimizer",
+        "seed",
+    ]
     claimed = any(one.step for one in groups)
     header[4:4] = ["loss at the claimed step"] if claimed else []
     rows = []
@@ -67,11 +90,20 @@ def _run_row(each: Run, target: float | None) -> list[str]:
         where = f"{crossing.step} ({number(crossing.exact_step, '.1f')})"
     pace = each.seconds_per_step
     tokens = each.meta.get("config", {}).get("batch_tokens")
-    return [each.name, each.status, f"{last.step}/{last.total_steps or '?'}",
-            f"{last.val_loss:.5f}", f"{best.val_loss:.5f} ({best.step})", where,
-            number(crossing and crossing.exact_seconds, ".3f"), number(pace and 1000 * pace, ".2f"),
-            number(tokens and pace and tokens / pace, ",.0f"), hardware(each),
-            each.meta.get("optimizer", "-"), number(each.seed, "d")]
+    return [
+        each.name,
+        each.status,
+        f"{last.step}/{last.total_steps or '?'}",
+        f"{last.val_loss:.5f}",
+        f"{best.val_loss:.5f} ({best.step})",
+        where,
+        number(crossing and crossing.exact_seconds, ".3f"),
+        number(pace and 1000 * pace, ".2f"),
+        number(tokens and pace and tokens / pace, ",.0f"),
+        hardware(each),
+        each.meta.get("optimizer", "-"),
+        number(each.seed, "d"),
+    ]
 
 
 def hardware(each: Run) -> str:
@@ -86,9 +118,11 @@ def read_back(groups: list[Group]) -> list[str]:
     for part_of, each in ((one, each) for one in groups for each in one.runs if each.optim):
         parts: dict[str, list[str]] = {}
         for part in each.optim["groups"]:
-            values = " ".join(f"{SHORT.get(key, key)} {_setting(value)}"
-                              for key, value in part.items()
-                              if key not in UNSET and value is not None and value is not False)
+            values = " ".join(
+                f"{SHORT.get(key, key)} {_setting(value)}"
+                for key, value in part.items()
+                if key not in UNSET and value is not None and value is not False
+            )
             parts.setdefault(values, []).append(part["name"])
         settings = "; ".join(f"{', '.join(same)} {values}" for values, same in parts.items())
         unique, several = names.count(each.name) == 1, len(groups) > 1
@@ -113,16 +147,27 @@ def _entry_row(entry: Entry) -> list[str]:
     mean, n = f"{found.mean:.5f}", str(found.n)
     if abs(found.mean - entry.mean_loss) > 0.00005 + 1e-9:  # more than rounding to 4 decimals
         mean = f"{mean}, claimed {entry.mean_loss:.4f}"
-    return [f"{entry.number}", entry.date, f"{entry.steps}",
-            n if found.n == entry.n else f"{n}, claimed {entry.n}", mean, number(found.sd, ".5f"),
-            f"{official.statistic:.5f}", "passes" if official.passes else "fails",
-            p_value(official.p), "yes" if entry.record else "", entry.method]
+    return [
+        f"{entry.number}",
+        entry.date,
+        f"{entry.steps}",
+        n if found.n == entry.n else f"{n}, claimed {entry.n}",
+        mean,
+        number(found.sd, ".5f"),
+        f"{official.statistic:.5f}",
+        "passes" if official.passes else "fails",
+        p_value(official.p),
+        "yes" if entry.record else "",
+        entry.method,
+    ]
 
 
 def _note(entry: Entry) -> str:
     if not entry.readme_losses:
         return ""
     official, found = precision(entry.readme_losses), summary(entry.readme_losses)
-    return (f"{entry.label}: its README lists {found.n} losses at step {entry.steps} without logs: "
-            f"mean {found.mean:.5f}, statistic {official.statistic:.5f}, "
-            f"{'passes' if official.passes else 'fails'}")
+    return (
+        f"{entry.label}: its README lists {found.n} losses at step {entry.steps} without logs: "
+        f"mean {found.mean:.5f}, statistic {official.statistic:.5f}, "
+        f"{'passes' if official.passes else 'fails'}"
+    )

@@ -21,6 +21,7 @@ TOLERANCE = 1e-9  # (3.28 - 3.278) * sqrt(4) is 0.0039999999999995595 and a pass
 
 class Summary(NamedTuple):
     """Sample sd and Student's t interval of the mean; nan where there is one value."""
+
     n: int
     mean: float
     sd: float
@@ -30,6 +31,7 @@ class Summary(NamedTuple):
 
 class Precision(NamedTuple):
     """The official statistic with its z and p (sigma 0.0013), and Student's t with its p."""
+
     statistic: float
     passes: bool
     z: float
@@ -40,6 +42,7 @@ class Precision(NamedTuple):
 
 class Pairwise(NamedTuple):
     """Is new better than old? The official left-hand side, its verdict and its one-sided p."""
+
     statistic: float
     passes: bool
     p: float
@@ -47,6 +50,7 @@ class Pairwise(NamedTuple):
 
 class Difference(NamedTuple):
     """mean(a) - mean(b), its t interval, t, degrees of freedom and two-sided p."""
+
     n: int
     difference: float
     low: float
@@ -70,14 +74,23 @@ def precision(losses: Sequence[float], target: float = TARGET) -> Precision:
     n, mean, sd, _, _ = summary(losses)
     statistic = (target - mean) * sqrt(n)
     t = statistic / sd if sd > 0 else nan
-    return Precision(statistic, statistic >= PRECISION - TOLERANCE, statistic / SIGMA,
-                     float(stats.norm.sf(statistic / SIGMA)), t, float(stats.t.sf(t, n - 1)))
+    return Precision(
+        statistic,
+        statistic >= PRECISION - TOLERANCE,
+        statistic / SIGMA,
+        float(stats.norm.sf(statistic / SIGMA)),
+        t,
+        float(stats.t.sf(t, n - 1)),
+    )
 
 
 def extended_until_passed(losses: Sequence[float], target: float = TARGET) -> bool:
     """True where the rule holds for all runs and not yet without the last one of them."""
-    return (len(losses) > 1 and precision(losses, target).passes
-            and not precision(losses[:-1], target).passes)
+    return (
+        len(losses) > 1
+        and precision(losses, target).passes
+        and not precision(losses[:-1], target).passes
+    )
 
 
 def pairwise(old: Sequence[float], old_step: int, new: Sequence[float], new_step: int) -> Pairwise:
@@ -85,8 +98,9 @@ def pairwise(old: Sequence[float], old_step: int, new: Sequence[float], new_step
     loss_gain = summary(old).mean - summary(new).mean
     step_gain = LOSS_PER_STEP * (old_step - new_step)
     statistic = (loss_gain + step_gain) / sqrt(1 / len(old) + 1 / len(new))
-    return Pairwise(statistic, statistic >= PRECISION - TOLERANCE,
-                    float(stats.norm.sf(statistic / SIGMA)))
+    return Pairwise(
+        statistic, statistic >= PRECISION - TOLERANCE, float(stats.norm.sf(statistic / SIGMA))
+    )
 
 
 def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Difference:
@@ -96,12 +110,14 @@ def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> D
         return Difference(len(a) + len(b), difference, nan, nan, nan, nan, nan)
     test = stats.ttest_ind(a, b, equal_var=False)
     low, high = test.confidence_interval(confidence)
-    return Difference(len(a) + len(b), difference, *map(float, (low, high, test.statistic, test.df,
-                                                                test.pvalue)))
+    return Difference(
+        len(a) + len(b), difference, *map(float, (low, high, test.statistic, test.df, test.pvalue))
+    )
 
 
-def paired(a: Mapping[int, float], b: Mapping[int, float],
-           confidence: float = 0.95) -> Difference | None:
+def paired(
+    a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95
+) -> Difference | None:
     """By the seeds that both have; None where that are fewer than two."""
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < 2:

@@ -14,16 +14,21 @@ from pathlib import Path
 from records.run import Point, Run, line_error
 
 FIELD = r"[A-Za-z_]\w*:(?:\d{1,30}(?:\.\d{1,30})?|-?inf|nan)(?:ms|s|%)?"
-VALIDATION = re.compile(rf"(?:step:(\d{{1,15}})/(\d{{1,15}}) +(?=.*\bval_)|s:(\d{{1,15}}) (?=tel:))"
-                        rf"({FIELD}(?: +{FIELD})*)")
+VALIDATION = re.compile(
+    rf"(?:step:(\d{{1,15}})/(\d{{1,15}}) +(?=.*\bval_)|s:(\d{{1,15}}) (?=tel:))"
+    rf"({FIELD}(?: +{FIELD})*)"
+)
 LOOKS_SCORED = re.compile(r"step[:= ] ?\d.*\bval_\w*loss\b *[:=]|\bs:\d+ tel:")  # anywhere
 PART = re.compile(r"(?:\d*\.?\d*|-?(?:in?f?)?|na?n?)(?:ms?|s|%)?")  # of a number that was cut
 SCORED = ("val_ema_loss", "val_loss", "tel")  # the first of these in a line counts; tel: llm.c
 SOURCE = re.compile(r"(?:import|from) \w+(?:$|[. ,])")
 FACTS = {  # of a public log, from the lines around its results; kept where there is one value only
     "torch": re.compile(r"Running py ?torch (\S+)", re.IGNORECASE),
-    "device": re.compile(r"^(?:Running .*(?: on |device_name=)(.+) with world_size|"
-                         r"\|\s+\d+\s+(NVIDIA .+?)\s+(?:On|Off)\s|GPU \d+: (.+) \(UUID)", re.M),
+    "device": re.compile(
+        r"^(?:Running .*(?: on |device_name=)(.+) with world_size|"
+        r"\|\s+\d+\s+(NVIDIA .+?)\s+(?:On|Off)\s|GPU \d+: (.+) \(UUID)",
+        re.M,
+    ),
     "world_size": re.compile(r"^Running .* with world_size[ =](\d{1,9})", re.M),
     "seed": re.compile(r"^(?:Using )?seed[=:] ?(\d{1,30})$|--seed[ =](\d{1,30})\b", re.M),
 }
@@ -56,29 +61,42 @@ def public_runs(path: Path, lines: list[str], rules: list[int]) -> list[Run]:
             if first and {*_shape(model)} < {*_shape(line)}:
                 model = line  # at step 0 some logs lack a field
             if _shape(line) != _shape(model):
-                raise line_error(path, number, f"'{line[:80]}'",
-                                 f"the fields of the first result, '{model[:80]}'")
+                raise line_error(
+                    path,
+                    number,
+                    f"'{line[:80]}'",
+                    f"the fields of the first result, '{model[:80]}'",
+                )
             trials[-1].append(scored)
         model = max(model, line, key=_decimals)
-        short = None if _decimals(line) == _decimals(model) else line_error(
-            path, number, f"'{line[:80]}'", "as many decimals as before")
+        short = (
+            None
+            if _decimals(line) == _decimals(model)
+            else line_error(path, number, f"'{line[:80]}'", "as many decimals as before")
+        )
         if short and line.startswith("step:"):  # these are printed with a fixed number of them
             raise short
         above = number
     if not trials:
-        raise line_error(path, len(lines), "the end without a validation",
-                         "a line step:N/N val_loss:X")
-    script = "".join(f"{line}\n" for line in lines[:rules[0] - 1]) if rules else ""
+        raise line_error(
+            path, len(lines), "the end without a validation", "a line step:N/N val_loss:X"
+        )
+    script = "".join(f"{line}\n" for line in lines[: rules[0] - 1]) if rules else ""
     shared = {key: value for key, value in facts[0].items() if key != "seed"}
-    return [_public_run(path, script, shared | own, trial, points,
-                        cut if trial + 1 == len(trials) else None)
-            for trial, (own, points) in enumerate(zip(facts, trials, strict=True))]
+    return [
+        _public_run(
+            path, script, shared | own, trial, points, cut if trial + 1 == len(trials) else None
+        )
+        for trial, (own, points) in enumerate(zip(facts, trials, strict=True))
+    ]
 
 
 def _shape(line: str) -> list[tuple[str, str]]:
     """The names and units of the fields of a whole result, without its step."""
-    return [(name, value[len(value.rstrip("ms%")):])
-            for name, _, value in (field.partition(":") for field in line.split()[1:])]
+    return [
+        (name, value[len(value.rstrip("ms%")) :])
+        for name, _, value in (field.partition(":") for field in line.split()[1:])
+    ]
 
 
 def _decimals(line: str) -> int:
@@ -94,19 +112,26 @@ def _is_cut(line: str, model: str) -> bool:
         return bool(VALIDATION.fullmatch(line)) and 0 < _decimals(line) < 4
     if VALIDATION.fullmatch(line) and _shape(line) == shape:
         return _decimals(line) < _decimals(model)
-    if not (LOOKS_SCORED.match(line) and 0 < len(fields) <= len(shape)
-            and all(re.fullmatch(FIELD, field) for field in fields[:-1])):
+    if not (
+        LOOKS_SCORED.match(line)
+        and 0 < len(fields) <= len(shape)
+        and all(re.fullmatch(FIELD, field) for field in fields[:-1])
+    ):
         return False
     name, colon, value = fields[-1].partition(":")
     wanted = shape[len(fields) - 1][0]
-    return (_shape(line)[:-1] == shape[:len(fields) - 1] and PART.fullmatch(value) is not None
-            and (name == wanted if colon else wanted.startswith(name)))
+    return (
+        _shape(line)[:-1] == shape[: len(fields) - 1]
+        and PART.fullmatch(value) is not None
+        and (name == wanted if colon else wanted.startswith(name))
+    )
 
 
 def _check_source(path: Path, lines: list[str], rules: list[int]) -> None:
     """Results are looked for below the source only, so that its text cannot be taken for them."""
-    if not rules and (number := next((n for n, line in enumerate(lines, 1)
-                                      if SOURCE.match(line)), 0)):
+    if not rules and (
+        number := next((n for n, line in enumerate(lines, 1) if SOURCE.match(line)), 0)
+    ):
         raise line_error(path, number, "source code", "a line of 100 '=' between it and results")
     for number in range(rules[0] + 1, rules[-1]) if rules else ():
         if VALIDATION.fullmatch(lines[number - 1].rstrip()):
@@ -148,23 +173,37 @@ def _number(text: str) -> float:
 def _check_follows(path: Path, number: int, scored: tuple, before: tuple) -> None:
     (point, metric, _), (last, name, _) = scored, before
     if point.step <= last.step or point.total_steps != last.total_steps or metric != name:
-        raise line_error(path, number, f"{metric} at step {point.step}/{point.total_steps} after "
-                     f"{name} at {last.step}/{last.total_steps}", "a later step of the same run")
+        raise line_error(
+            path,
+            number,
+            f"{metric} at step {point.step}/{point.total_steps} after "
+            f"{name} at {last.step}/{last.total_steps}",
+            "a later step of the same run",
+        )
     if last.step and point.train_time_s < last.train_time_s:  # clocks may start after step 0
-        raise line_error(path, number, f"train_time {point.train_time_s:g} s after "
-                         f"{last.train_time_s:g} s", "a clock that does not run backwards")
+        raise line_error(
+            path,
+            number,
+            f"train_time {point.train_time_s:g} s after {last.train_time_s:g} s",
+            "a clock that does not run backwards",
+        )
 
 
 def _facts(text: str) -> dict:
-    found = {key: {next(filter(None, groups)) for groups in
-                   (match.groups() for match in pattern.finditer(text))}
-             for key, pattern in FACTS.items()}
+    found = {
+        key: {
+            next(filter(None, groups))
+            for groups in (match.groups() for match in pattern.finditer(text))
+        }
+        for key, pattern in FACTS.items()
+    }
     single = {key: values.pop() for key, values in found.items() if len(values) == 1}
     return {key: int(value) if value.isdigit() else value for key, value in single.items()}
 
 
-def _public_run(path: Path, script: str, meta: dict, trial: int, scored: list[tuple],
-                cut: int | None) -> Run:
+def _public_run(
+    path: Path, script: str, meta: dict, trial: int, scored: list[tuple], cut: int | None
+) -> Run:
     points, last = [point for point, _, _ in scored], scored[-1][0]
     status = f"ends at step {last.step} of {last.total_steps or 'an unknown number'}"
     if last.step == last.total_steps:
@@ -172,5 +211,15 @@ def _public_run(path: Path, script: str, meta: dict, trial: int, scored: list[tu
     elif cut is not None:
         status = f"cut off in line {cut}, after step {last.step} of {last.total_steps}"
     losses = [others for _, _, others in scored if others]
-    return Run(path, script, meta, points, None, None, {"status": status},
-               {"losses": losses} if losses else {}, trial, scored[0][1])
+    return Run(
+        path,
+        script,
+        meta,
+        points,
+        None,
+        None,
+        {"status": status},
+        {"losses": losses} if losses else {},
+        trial,
+        scored[0][1],
+    )

@@ -28,10 +28,14 @@ def dead_links(page: Path) -> list[str]:
         text = CODE.sub("", page.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         return [f"{page}: found bytes that are no UTF-8, expected a page of text"]
-    links = [link.partition("#")[0] for link in LINK.findall(text)
-             if not re.match(r"[a-z]+:|#", link)]
-    return [f"{page}: the link {link} leads to nothing" for link in dict.fromkeys(links)
-            if not (page.parent / link).exists()]
+    links = [
+        link.partition("#")[0] for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)
+    ]
+    return [
+        f"{page}: the link {link} leads to nothing"
+        for link in dict.fromkeys(links)
+        if not (page.parent / link).exists()
+    ]
 
 
 def verify_page(page: Path, root: Path) -> list[str]:
@@ -53,11 +57,16 @@ def verify_log(path: Path, complete: bool = True) -> list[str]:
         run = parse_log(path)
     except (ValueError, OSError) as error:
         return [str(error)]
-    found = [] if run.meta.get("code_sha256") == sha256(run.script) else [
-        f"{path}: code_sha256 is not the hash of the script above it"]
+    found = (
+        []
+        if run.meta.get("code_sha256") == sha256(run.script)
+        else [f"{path}: code_sha256 is not the hash of the script above it"]
+    )
     if complete and run.status != "complete":
-        found.append(f"{path}: the run is {run.status} at step {run.final.step} of "
-                     f"{run.total_steps}, expected complete")
+        found.append(
+            f"{path}: the run is {run.status} at step {run.final.step} of "
+            f"{run.total_steps}, expected complete"
+        )
     if complete and not all(isfinite(point.val_loss) for point in run.points):
         found.append(f"{path}: found a loss that is not finite")
     return found
@@ -70,8 +79,10 @@ def verify_path(path: Path, root: Path) -> list[str]:
     if path.is_file() and path.suffix in (".txt", ".log"):
         return verify_log(path)
     if path.is_file() and path.suffix != ".md":
-        return [f"{path}: found a file of another kind, expected a record's folder, a page (.md) "
-                "or a log (.txt, .log)"]
+        return [
+            f"{path}: found a file of another kind, expected a record's folder, a page (.md) "
+            "or a log (.txt, .log)"
+        ]
     return verify_page(path, root)
 
 
@@ -86,8 +97,10 @@ def verify_record(folder: Path) -> list[str]:
     expected = {"README.md", "record.json", "submission.py", "curves.png", *named}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     problems = [f"{folder / name}: missing" for name in sorted(expected - found)]
-    problems += [f"{folder / name}: record.json does not name it, expected nothing else in a record"
-                 for name in sorted(found - expected)]
+    problems += [
+        f"{folder / name}: record.json does not name it, expected nothing else in a record"
+        for name in sorted(found - expected)
+    ]
     if problems or not named:
         return problems or [f"{folder / 'record.json'}: names no log"]
     try:
@@ -99,8 +112,11 @@ def verify_record(folder: Path) -> list[str]:
 
 def _compare(folder: Path, logs: dict[str, Run], facts: dict[str, str]) -> list[str]:
     """What is written against what the logs say: first difference of each file."""
-    problems = [f"{folder / name}: holds the run of seed {run.seed}, expected another file name"
-                for name, run in logs.items() if name != f"logs/seed_{run.seed:02}.txt"]
+    problems = [
+        f"{folder / name}: holds the run of seed {run.seed}, expected another file name"
+        for name, run in logs.items()
+        if name != f"logs/seed_{run.seed:02}.txt"
+    ]
     hashes = {name: sha256((folder / name).read_bytes()) for name in ("curves.png", *logs)}
     for name, text in contents(logs, facts, hashes).items():
         lines = (folder / name).read_text(encoding="utf-8").split("\n")
@@ -108,19 +124,29 @@ def _compare(folder: Path, logs: dict[str, Run], facts: dict[str, str]) -> list[
         differ = [(number, *pair) for number, pair in pairs if pair[0] != pair[1]]
         if differ:
             number, found, expected = differ[0]
-            problems.append(f"{folder / name} line {number}: found '{found}', the logs say "
-                            f"'{expected}'")
+            problems.append(
+                f"{folder / name} line {number}: found '{found}', the logs say '{expected}'"
+            )
     return problems + dead_links(folder / "README.md")
 
 
 def verify_all(root: Path) -> list[str]:
     records = sorted(path.parent for path in root.glob("records/*/*/record.json"))
-    pages = [root / "README.md", *sorted(root.glob("docs/*.md")),
-             *sorted(path for path in root.glob("records/**/*.md") if path.parent not in records)]
+    pages = [
+        root / "README.md",
+        *sorted(root.glob("docs/*.md")),
+        *sorted(path for path in root.glob("records/**/*.md") if path.parent not in records),
+    ]
     logs = sorted([*root.glob("records/prose/*.txt"), *root.glob("records/demo/*.txt")])
-    return [problem for some in (
-        *map(verify_record, records), *(verify_page(page, root) for page in pages),
-        *(verify_log(path, complete=False) for path in logs)) for problem in some]
+    return [
+        problem
+        for some in (
+            *map(verify_record, records),
+            *(verify_page(page, root) for page in pages),
+            *(verify_log(path, complete=False) for path in logs),
+        )
+        for problem in some
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

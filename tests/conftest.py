@@ -22,9 +22,19 @@ from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
-    train_gpt.PRESETS["demo"], vocab_size=257, layers=2, width=32, head_dim=16, row_tokens=32,
-    batch_tokens=512, val_tokens=512, val_every=2, steps=4, rows=2, sample_tokens=0,
-)  # fmt: skip
+    train_gpt.PRESETS["demo"],
+    vocab_size=257,
+    layers=2,
+    width=32,
+    head_dim=16,
+    row_tokens=32,
+    batch_tokens=512,
+    val_tokens=512,
+    val_every=2,
+    steps=4,
+    rows=2,
+    sample_tokens=0,
+)
 torch.set_num_threads(1)
 
 
@@ -55,9 +65,12 @@ def free_port() -> int:
 def _rank_main(task: Callable, rank: int, size: int, port: int, out: Path, args: tuple) -> None:
     torch.set_num_threads(1)
     os.environ |= dict(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-    )  # fmt: skip
+    )
     try:
         result = task(rank, size, *args)
     except BaseException:
@@ -99,7 +112,12 @@ def in_fresh_python(*words: str, cwd: Path, **env: str) -> tuple[int, str, str]:
 
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTHONPATH")}
     done = subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=kept | env, capture_output=True, text=True,
-        errors="replace", timeout=170,
-    )  # fmt: skip
+        [sys.executable, *words],
+        cwd=cwd,
+        env=kept | env,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=170,
+    )
     return done.returncode, done.stdout, done.stderr

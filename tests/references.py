@@ -21,9 +21,13 @@ DEFAULTS = {  # what the optimizers' files promise, typed in again
 
 
 def run(
-    name: str, weight: np.ndarray, grads: list[np.ndarray], lrs: list[float],
-    neurons: int | None = None, **changed: float,
-) -> list[np.ndarray]:  # fmt: skip
+    name: str,
+    weight: np.ndarray,
+    grads: list[np.ndarray],
+    lrs: list[float],
+    neurons: int | None = None,
+    **changed: float,
+) -> list[np.ndarray]:
     """The weights after each step. neurons: axis along which aurora and riemannian balance."""
     how = DEFAULTS[name] | changed
     W, decay = np.array(weight, dtype=np.float64), how.pop("weight_decay")

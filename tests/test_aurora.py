@@ -175,9 +175,10 @@ HARD = {
     "one row not zero": lambda: torch.eye(64, 16) * torch.eye(64)[:, :1],
     "fewer rows not zero than columns": lambda: gaussian(64, 16) * (torch.arange(64) < 5)[:, None],
     "tiny": lambda: 1e-20 * gaussian(64, 16),
-    "rows of very different size": lambda: gaussian(64, 16)
-    * 10.0 ** torch.linspace(-15, 5, 64, dtype=torch.float64)[:, None],
-}  # fmt: skip
+    "rows of very different size": lambda: (
+        gaussian(64, 16) * 10.0 ** torch.linspace(-15, 5, 64, dtype=torch.float64)[:, None]
+    ),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,10 +226,14 @@ def test_the_input_is_not_touched() -> None:
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
-    n=st.integers(1, 12), extra=st.integers(1, 30), rounds=st.integers(1, 5),
-    exponent=st.floats(0.1, 0.8), rank=st.integers(0, 12), seed=st.integers(0, 99),
+    n=st.integers(1, 12),
+    extra=st.integers(1, 30),
+    rounds=st.integers(1, 5),
+    exponent=st.floats(0.1, 0.8),
+    rank=st.integers(0, 12),
+    seed=st.integers(0, 99),
     scale=st.integers(-25, 25),
-)  # fmt: skip
+)
 def test_any_tall_matrix_gives_a_finite_factor_with_norm_at_most_one(
     n: int, extra: int, rounds: int, exponent: float, rank: int, seed: int, scale: int
 ) -> None:

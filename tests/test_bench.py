@@ -27,9 +27,11 @@ def test_the_trainer_bench_measures_a_small_preset_with_one_and_two_ranks(tmp_pa
     command = [*launcher, str(ROOT / "tools/bench_trainer.py"), *small]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--bench-steps", "2", "--out", str(out), "--profile", "1"], env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [*command, "--bench-steps", "2", "--out", str(out), "--profile", "1"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     head, *table, _ = done.stdout.splitlines()
     assert head.endswith(f"ms of kernels in a step, the trace is {trace}")
@@ -53,9 +55,11 @@ def test_the_trainer_bench_measures_how_a_step_grows(tmp_path):
     small = "--preset demo --batch-tokens 512 --val-tokens 512 --rows 2 --bench-steps 1"
     sizes = "--expansions 1 8 --widths 64"
     done = subprocess.run(
-        [*command, *small.split(), *sizes.split()], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [*command, *small.split(), *sizes.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["expansion"], line["width"]) for line in lines] == [(1, 128), (8, 128), (4, 64)]
@@ -75,12 +79,14 @@ def test_a_profile_lists_what_ran_on_the_device_by_time_in_a_step(monkeypatch):
         times = dict(self_device_time_total=us, self_cpu_time_total=us)
         return SimpleNamespace(
             key=key, device_type=kind, count=count, is_user_annotation=note, **times
-        )  # fmt: skip
+        )
 
     events = [
-        event("gemm", DeviceType.CUDA, 3000, 6), event("norm", DeviceType.CUDA, 5000, 2),
-        event("step", DeviceType.CUDA, 9000, 2, note=True), event("aten", DeviceType.CPU, 800, 4),
-    ]  # fmt: skip
+        event("gemm", DeviceType.CUDA, 3000, 6),
+        event("norm", DeviceType.CUDA, 5000, 2),
+        event("step", DeviceType.CUDA, 9000, 2, note=True),
+        event("aten", DeviceType.CPU, 800, 4),
+    ]
     rows = bench.kernel_rows(events, steps=2, on_gpu=True)
     assert rows == [(2.5, 1.0, "norm"), (1.5, 3.0, "gemm")]
     assert bench.kernel_rows(events, steps=2, on_gpu=False) == [(0.4, 2.0, "aten")]

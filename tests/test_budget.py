@@ -44,9 +44,10 @@ CEILINGS = {
     "data/embedded.py": 120,
 }
 FILES = sorted(
-    path for folder in (".", "kernels", "optimizers", "records", "data", "tools", "tests")
+    path
+    for folder in (".", "kernels", "optimizers", "records", "data", "tools", "tests")
     for path in (ROOT / folder).glob("*.py")
-)  # fmt: skip
+)
 PRODUCT = [path for path in FILES if path.parent.name != "tests"]
 
 

@@ -15,7 +15,6 @@ from records.log import RULE, parse_log
 Tiny = Callable[..., list[str]]
 
 
-
 def test_an_extracted_tree_is_the_repositorys_and_flattens_to_the_same_script(tiny: Tiny) -> None:
     assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
     main(["extract", "a.txt", "--out", "tree"])
@@ -24,8 +23,10 @@ def test_an_extracted_tree_is_the_repositorys_and_flattens_to_the_same_script(ti
     assert "train_gpt.py" in names and "optimizers/slot.py" in names
     for path, name in zip(files, names, strict=True):
         assert path.read_bytes() == (ROOT / name).read_bytes(), name
-    code = "from pathlib import Path; from train_gpt import flatten; import sys; " \
-           "sys.stdout.write(flatten(Path('train_gpt.py').resolve()))"
+    code = (
+        "from pathlib import Path; from train_gpt import flatten; import sys; "
+        "sys.stdout.write(flatten(Path('train_gpt.py').resolve()))"
+    )
     status, text, error = in_fresh_python("-c", code, cwd=Path("tree").resolve())
     assert (status, error) == (0, "") and text == parse_log("a.txt").script
 
@@ -50,8 +51,10 @@ def test_extract_writes_no_folder_into_a_record_and_takes_one_log(
     assert train_gpt.main(tiny("--steps", "1", "--log", "record/logs/seed_01.txt")) == 0
     Path("record/record.json").write_text('{"logs": {"logs/seed_01.txt": {}}}')
     capsys.readouterr()
-    for argv, sentence in ((["record/logs/seed_01.txt", "--out", "record/x"], "inside a record"),
-                           (["record"], "record is a folder, expected one log")):
+    for argv, sentence in (
+        (["record/logs/seed_01.txt", "--out", "record/x"], "inside a record"),
+        (["record"], "record is a folder, expected one log"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             main(["extract", *argv])
         assert sentence in capsys.readouterr().err
@@ -74,8 +77,10 @@ def test_a_log_without_source_or_with_a_file_twice_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     twice = f"# {'=' * 20} a.py {'=' * 20}\nprint()\n" * 2
-    meta = 'meta: {"format": 1, "optimizer": "", "seed": 1, "world_size": 1, "device": "cpu", ' \
-           '"config": {}}'
+    meta = (
+        'meta: {"format": 1, "optimizer": "", "seed": 1, "world_size": 1, "device": "cpu", '
+        '"config": {}}'
+    )
     body = f"{meta}\n{RULE}\nstep:0/1 val_loss:1.0 train_time:0.0s step_avg:nanms\n"
     for source, message in ((twice, "each file once"), ("", "holds no source")):
         (tmp_path / "a.txt").write_text(f"{source}{RULE}\n{body}")
@@ -113,8 +118,9 @@ def test_a_submission_holds_nothing_of_its_authors_machine(tiny: Tiny, corpus: P
     assert train_gpt.main(argv) == 0
     script = script_of(parse_log("a.txt"))
     (start,) = [line for line in script.splitlines() if "+ sys.argv[1:]" in line and "main" in line]
-    assert start == ("    sys.exit(main(['--preset', 'tiny', '--optimizer', 'aurora'] "
-                     "+ sys.argv[1:]))")
+    assert start == (
+        "    sys.exit(main(['--preset', 'tiny', '--optimizer', 'aurora'] + sys.argv[1:]))"
+    )
     assert str(folder) not in script and str(corpus) not in script
     Path("new").mkdir()
     preset = script.replace("PRESETS = {\n", f"PRESETS = {{'tiny': {TINY},\n")

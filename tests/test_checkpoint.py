@@ -111,8 +111,11 @@ def test_a_run_with_other_settings_does_not_go_on_from_it(
     tiny: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
-    for flags, name in ((["--steps", "8"], "steps 4"), (["--lr-scale", "2"], "lr_scale 1.0"),
-                        (["--fp8"], "fp8 False")):  # fmt: skip
+    for flags, name in (
+        (["--steps", "8"], "steps 4"),
+        (["--lr-scale", "2"], "lr_scale 1.0"),
+        (["--fp8"], "fp8 False"),
+    ):
         assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "b.txt", *flags)) == 2
         assert f"was made with {name}, now it is" in capsys.readouterr().err
     assert train_gpt.main(tiny("--eval", "missing.pt")) == 2
@@ -176,8 +179,9 @@ def test_saved_by_two_ranks_goes_on_with_one_and_back(tiny: Callable, tmp_path: 
                 with pytest.raises(CutOffError):
                     train_gpt.main(args)
                 continue
-            codes = on_ranks(size, dying_rank if stop else on_rank, tmp_path / f"ranks{part}",
-                             args, here)  # fmt: skip
+            codes = on_ranks(
+                size, dying_rank if stop else on_rank, tmp_path / f"ranks{part}", args, here
+            )
             assert codes == [0] * size
     whole = dict(losses("whole.txt"))
     for part, steps in enumerate(([0, 2], [4], [6])):

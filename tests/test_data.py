@@ -26,8 +26,14 @@ TIKTOKEN_CACHE = ROOT.parent / "shared" / "tiktoken_cache"
 
 
 def run(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, text=True, timeout=120,
-                          capture_output=True, env=os.environ | environment)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        timeout=120,
+        capture_output=True,
+        env=os.environ | environment,
+    )
 
 
 def poke(path: Path, offset: int, value: bytes) -> None:
@@ -103,38 +109,47 @@ def test_a_failed_write_keeps_the_old_shard(shard: Path, monkeypatch: pytest.Mon
     assert list(shard.parent.iterdir()) == [shard]
 
 
-@pytest.mark.parametrize(("offset", "value", "message"), [
-    (0, int32(20240801), "no token shard: it begins with 20240801, expected 20240520"),
-    (4, int32(2), "shard version 2, expected 1"),
-    (8, int32(1001), "truncated: 3024 bytes, but its header counts 1001 tokens, which is 3026"),
-    (8, int32(999), "too long: 3024 bytes, but its header counts 999 tokens, which is 3022"),
-    (8, int32(0), "too long"),
-    (8, int32(-1), "too long"),
-])
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (0, int32(20240801), "no token shard: it begins with 20240801, expected 20240520"),
+        (4, int32(2), "shard version 2, expected 1"),
+        (8, int32(1001), "truncated: 3024 bytes, but its header counts 1001 tokens, which is 3026"),
+        (8, int32(999), "too long: 3024 bytes, but its header counts 999 tokens, which is 3022"),
+        (8, int32(0), "too long"),
+        (8, int32(-1), "too long"),
+    ],
+)
 def test_a_damaged_header_is_named(shard: Path, offset: int, value: bytes, message: str) -> None:
     poke(shard, offset, value)
     with pytest.raises(ValueError, match=message):
         read_header(shard)
 
 
-@pytest.mark.parametrize(("size", "message"), [
-    (2000, "truncated: 2000 bytes, but its header counts 1000 tokens"),
-    (3023, "truncated: 3023 bytes"),
-    (1000, "truncated: 1000 bytes, less than the header's 1024"),
-    (0, "truncated: 0 bytes"),
-    (4000, "too long: 4000 bytes"),
-])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (2000, "truncated: 2000 bytes, but its header counts 1000 tokens"),
+        (3023, "truncated: 3023 bytes"),
+        (1000, "truncated: 1000 bytes, less than the header's 1024"),
+        (0, "truncated: 0 bytes"),
+        (4000, "too long: 4000 bytes"),
+    ],
+)
 def test_a_file_of_the_wrong_length_is_named(shard: Path, size: int, message: str) -> None:
     os.truncate(shard, size)
     with pytest.raises(ValueError, match=message):
         read_shard(shard)
 
 
-@pytest.mark.parametrize(("name", "command"), [
-    ("fineweb_train_000001.bin", "python data/cached_fineweb10B.py"),
-    ("embedded_val_000000.bin", "python data/embedded.py"),
-    ("mine_val_000000.bin", "python data/tokenize_text.py"),
-])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("fineweb_train_000001.bin", "python data/cached_fineweb10B.py"),
+        ("embedded_val_000000.bin", "python data/embedded.py"),
+        ("mine_val_000000.bin", "python data/tokenize_text.py"),
+    ],
+)
 def test_errors_say_which_command_makes_the_shard(tmp_path: Path, name: str, command: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"no such shard. Run {command}"):
         read_header(tmp_path / name)
@@ -160,8 +175,9 @@ def test_a_sound_folder_has_no_problems(folder: Path) -> None:
 
 
 def test_sha256_is_that_of_the_whole_file(folder: Path) -> None:
-    out = subprocess.run(["sha256sum", folder / "mine_train_000000.bin"], capture_output=True,
-                         text=True, check=True).stdout
+    out = subprocess.run(
+        ["sha256sum", folder / "mine_train_000000.bin"], capture_output=True, text=True, check=True
+    ).stdout
     shards = read_manifest(folder)["shards"]
     assert shards["mine_train_000000.bin"]["sha256"] == out.split()[0]
 
@@ -188,15 +204,18 @@ def break_nothing_but(defect: str, path: Path) -> None:
         poke(path, 1024 + 101, b"\xff")
 
 
-@pytest.mark.parametrize(("defect", "message"), [
-    ("missing", "mine_train_000001.bin: there is no such shard"),
-    ("extra", "mine_train_000009.bin: not in the manifest"),
-    ("truncated", "mine_train_000001.bin: truncated"),
-    ("header", "mine_train_000001.bin: no token shard"),
-    ("tokens", "mine_train_000001.bin: tokens 400, but the manifest says 500"),
-    ("sha256", "mine_train_000001.bin: sha256 "),
-    ("vocabulary", "mine_train_000001.bin: token id "),
-])
+@pytest.mark.parametrize(
+    ("defect", "message"),
+    [
+        ("missing", "mine_train_000001.bin: there is no such shard"),
+        ("extra", "mine_train_000009.bin: not in the manifest"),
+        ("truncated", "mine_train_000001.bin: truncated"),
+        ("header", "mine_train_000001.bin: no token shard"),
+        ("tokens", "mine_train_000001.bin: tokens 400, but the manifest says 500"),
+        ("sha256", "mine_train_000001.bin: sha256 "),
+        ("vocabulary", "mine_train_000001.bin: token id "),
+    ],
+)
 def test_each_defect_is_one_sentence(folder: Path, defect: str, message: str) -> None:
     break_nothing_but(defect, folder / "mine_train_000001.bin")
     problems = verify(folder)
@@ -281,14 +300,28 @@ def load(folder: Path, pattern: str) -> np.ndarray:
 
 def test_every_document_comes_back_in_order_from_all_formats(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine"
-    result = tokenize(texts, "--out", out, "--tokenizer", "bytes", "--val-tokens", 600,
-                      "--shard-tokens", 2000, "--processes", 1)
+    result = tokenize(
+        texts,
+        "--out",
+        out,
+        "--tokenizer",
+        "bytes",
+        "--val-tokens",
+        600,
+        "--shard-tokens",
+        2000,
+        "--processes",
+        1,
+    )
     assert result.returncode == 0, result.stderr
     names = sorted(path.name for path in out.iterdir())
     assert names[0] == "manifest.json" and names[-1] == "mine_val_000000.bin" and len(names) > 4
     val = split_documents(load(out, "mine_val_*"), 256)
-    train = [document for path in sorted(out.glob("mine_train_*"))
-             for document in split_documents(read_shard(path), 256)]
+    train = [
+        document
+        for path in sorted(out.glob("mine_train_*"))
+        for document in split_documents(read_shard(path), 256)
+    ]
     assert [bytes(d.astype(np.uint8)).decode() for d in val + train] == DOCUMENTS
     # Validation is the fewest whole documents that reach 600 tokens.
     sizes = [len(document) + 1 for document in val]
@@ -302,9 +335,23 @@ def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
     lines = [json.dumps({"body": f"{i} " * (400_000 if i % 3 == 0 else 200)}) for i in range(9)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     for processes in (1, 2):
-        result = tokenize(tmp_path / "in.jsonl", "--out", tmp_path / str(processes), "--name", "x",
-                          "--tokenizer", "bytes", "--field", "body", "--val-tokens", 1000,
-                          "--shard-tokens", 1_500_000, "--processes", processes)
+        result = tokenize(
+            tmp_path / "in.jsonl",
+            "--out",
+            tmp_path / str(processes),
+            "--name",
+            "x",
+            "--tokenizer",
+            "bytes",
+            "--field",
+            "body",
+            "--val-tokens",
+            1000,
+            "--shard-tokens",
+            1_500_000,
+            "--processes",
+            processes,
+        )
         assert result.returncode == 0, result.stderr
     one, two = (read_manifest(tmp_path / name)["shards"] for name in "12")
     assert one == two and len(one) == 3
@@ -333,8 +380,16 @@ def test_gpt2_tokens_decode_to_the_text(texts: Path, tmp_path: Path) -> None:
         pytest.skip(f"needs tiktoken's GPT-2 tables, and there is no {TIKTOKEN_CACHE}")
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
     out = tmp_path / "mine"
-    result = tokenize(texts, "--out", out, "--val-tokens", 100, "--processes", 2,
-                      TIKTOKEN_CACHE_DIR=str(TIKTOKEN_CACHE))
+    result = tokenize(
+        texts,
+        "--out",
+        out,
+        "--val-tokens",
+        100,
+        "--processes",
+        2,
+        TIKTOKEN_CACHE_DIR=str(TIKTOKEN_CACHE),
+    )
     assert result.returncode == 0, result.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_CACHE))
@@ -350,23 +405,37 @@ def test_end_of_text_inside_a_line_is_only_text(tmp_path: Path) -> None:
     if not TIKTOKEN_CACHE.is_dir():
         pytest.skip(f"needs tiktoken's GPT-2 tables, and there is no {TIKTOKEN_CACHE}")
     (tmp_path / "in.jsonl").write_text('{"text": "say <|endoftext|> twice"}\n')
-    result = tokenize(tmp_path / "in.jsonl", "--out", tmp_path / "out", "--val-tokens", 0,
-                      "--processes", 1, TIKTOKEN_CACHE_DIR=str(TIKTOKEN_CACHE))
+    result = tokenize(
+        tmp_path / "in.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--val-tokens",
+        0,
+        "--processes",
+        1,
+        TIKTOKEN_CACHE_DIR=str(TIKTOKEN_CACHE),
+    )
     assert result.returncode == 0, result.stderr
     assert (load(tmp_path / "out", "*.bin") == 50256).sum() == 1
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("in.csv", b"a,b", "expected names in .txt, .jsonl, .parquet"),
-    ("in.jsonl", b'{"text": "a"}\n{"body": "b", "id": 1}', "line 2: no text in a field 'text' "
-                                                         "(found: body, id). Name the field with"),
-    ("in.jsonl", b'{"text": null}', "line 1: no text in a field 'text'"),
-    ("in.jsonl", b'["text"]', "line 1: no text in a field 'text' (found: list)"),
-    ("in.jsonl", b'{"text": "a"', "line 1: not JSON"),
-    ("in.txt", b"", "the inputs have 0 tokens"),
-    ("in.txt", b"all goes to validation", "Lower --val-tokens"),
-    ("in.txt", b"\xff\xfe", "not UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.csv", b"a,b", "expected names in .txt, .jsonl, .parquet"),
+        (
+            "in.jsonl",
+            b'{"text": "a"}\n{"body": "b", "id": 1}',
+            "line 2: no text in a field 'text' (found: body, id). Name the field with",
+        ),
+        ("in.jsonl", b'{"text": null}', "line 1: no text in a field 'text'"),
+        ("in.jsonl", b'["text"]', "line 1: no text in a field 'text' (found: list)"),
+        ("in.jsonl", b'{"text": "a"', "line 1: not JSON"),
+        ("in.txt", b"", "the inputs have 0 tokens"),
+        ("in.txt", b"all goes to validation", "Lower --val-tokens"),
+        ("in.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
@@ -387,8 +456,9 @@ def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_parquet_column_is_named(texts: Path, tmp_path: Path) -> None:
-    result = tokenize(texts / "c.parquet", "--out", tmp_path / "out", "--tokenizer", "bytes",
-                      "--field", "body")
+    result = tokenize(
+        texts / "c.parquet", "--out", tmp_path / "out", "--tokenizer", "bytes", "--field", "body"
+    )
     assert result.returncode == 2 and "no column 'body' (found: id, text)" in result.stderr
 
 
@@ -396,9 +466,15 @@ def test_tiktoken_without_network_names_the_cache_variable(tmp_path: Path) -> No
     """openai/tiktoken#513: GPT-2's tables come from the network at first use."""
     pytest.importorskip("tiktoken", reason="tiktoken is not installed")
     (tmp_path / "in.txt").write_text("hello")
-    result = tokenize(tmp_path / "in.txt", "--out", tmp_path / "out",
-                      TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"),
-                      HTTPS_PROXY="http://127.0.0.1:9", NO_PROXY="", no_proxy="")
+    result = tokenize(
+        tmp_path / "in.txt",
+        "--out",
+        tmp_path / "out",
+        TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"),
+        HTTPS_PROXY="http://127.0.0.1:9",
+        NO_PROXY="",
+        no_proxy="",
+    )
     assert result.returncode == 2 and "TIKTOKEN_CACHE_DIR" in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
 
@@ -406,8 +482,17 @@ def test_tiktoken_without_network_names_the_cache_variable(tmp_path: Path) -> No
 def test_shards_are_replaced_only_with_force_and_only_ones_own(tmp_path: Path) -> None:
     out = tmp_path / "mine"
     (tmp_path / "in.jsonl").write_text('{"text": "aaaa"}\n' * 9)
-    command = (tmp_path / "in.jsonl", "--out", out, "--tokenizer", "bytes", "--processes", 1,
-               "--val-tokens", 5)
+    command = (
+        tmp_path / "in.jsonl",
+        "--out",
+        out,
+        "--tokenizer",
+        "bytes",
+        "--processes",
+        1,
+        "--val-tokens",
+        5,
+    )
     assert tokenize(*command, "--shard-tokens", 5).returncode == 0
     assert len(list(out.glob("*.bin"))) == 9
     before = {path.name: path.read_bytes() for path in out.iterdir()}

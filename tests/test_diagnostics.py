@@ -97,8 +97,11 @@ def test_a_neuron_persists_only_while_it_starves_at_every_check() -> None:
         diagnostics.before_step()
         opt.step()
         found = diagnostics.measure(step)["W"]["persistent"]
-    assert found == {10: pytest.approx(1 / 32, rel=1e-3), 20: pytest.approx(1 / 32, rel=1e-3),
-                     30: pytest.approx(2 / 32, rel=1e-3)}  # fmt: skip
+    assert found == {
+        10: pytest.approx(1 / 32, rel=1e-3),
+        20: pytest.approx(1 / 32, rel=1e-3),
+        30: pytest.approx(2 / 32, rel=1e-3),
+    }
 
 
 def test_groups_without_names_are_told_apart() -> None:

@@ -73,8 +73,13 @@ class Answer(BaseHTTPRequestHandler):
             sha256, size = self.server.facts[name]
             if self.command == "HEAD":
                 self.server.asked.append(("HEAD", name, None))
-            self.reply(302, Location=f"http://localhost:{self.server.server_port}/bytes/{name}",
-                       X_Linked_Etag=f'"{sha256}"', X_Linked_Size=size, X_Repo_Commit="c" * 40)
+            self.reply(
+                302,
+                Location=f"http://localhost:{self.server.server_port}/bytes/{name}",
+                X_Linked_Etag=f'"{sha256}"',
+                X_Linked_Size=size,
+                X_Repo_Commit="c" * 40,
+            )
         elif self.path == f"/bytes/{name}" and name in self.server.files:
             self.serve(name)
         else:
@@ -88,8 +93,11 @@ class Answer(BaseHTTPRequestHandler):
         content, begin = self.server.files[name], 0
         if span and not self.server.ignores_range:
             begin = int(span.removeprefix("bytes=").partition("-")[0])
-            self.reply(206, len(content) - begin,
-                       Content_Range=f"bytes {begin}-{len(content) - 1}/{len(content)}")
+            self.reply(
+                206,
+                len(content) - begin,
+                Content_Range=f"bytes {begin}-{len(content) - 1}/{len(content)}",
+            )
         else:
             self.reply(200, len(content))
         end = self.server.cut.pop(name, None)
@@ -138,18 +146,29 @@ def command(folder: Path, *arguments: object) -> list[str]:
 
 
 def environment(folder: Path, endpoint: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items()
-            if not key.startswith("HF_") and "proxy" not in key.lower()}
-    return kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder.parent / "hf_home"),
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("HF_") and "proxy" not in key.lower()
+    }
+    return kept | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder.parent / "hf_home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+    }
 
 
-def fetch(
-    folder: Path, hub: Hub | str, *arguments: object
-) -> subprocess.CompletedProcess[str]:
+def fetch(folder: Path, hub: Hub | str, *arguments: object) -> subprocess.CompletedProcess[str]:
     endpoint = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
-    return subprocess.run(command(folder, *arguments), env=environment(folder, endpoint), cwd="/",
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command(folder, *arguments),
+        env=environment(folder, endpoint),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def names(folder: Path) -> set[str]:
@@ -195,8 +214,7 @@ def test_a_download_that_failed_half_way_is_continued_by_the_next_run(
     first = fetch(folder, hub, 1)
     fail_after_cut.join()
     assert first.returncode == 2 and "run this again" in first.stderr
-    assert names(folder) - {"manifest.json", VAL} == {
-        f"{TRAIN}.{hub.facts[TRAIN][0][:12]}.part"}
+    assert names(folder) - {"manifest.json", VAL} == {f"{TRAIN}.{hub.facts[TRAIN][0][:12]}.part"}
 
     hub.broken.clear()
     hub.asked.clear()
@@ -214,9 +232,7 @@ def refuse_once_cut(hub: Hub) -> None:
     hub.broken.add(TRAIN)
 
 
-def test_a_connection_that_breaks_once_is_continued_by_the_same_run(
-    hub: Hub, folder: Path
-) -> None:
+def test_a_connection_that_breaks_once_is_continued_by_the_same_run(hub: Hub, folder: Path) -> None:
     hub.add(TRAIN, shard_bytes(folder.parent, 12_000_000, 7))
     hub.cut[TRAIN] = 15_000_000
     result = fetch(folder, hub, 1)
@@ -239,8 +255,12 @@ def test_an_interrupted_run_ends_at_once_and_is_continued(hub: Hub, folder: Path
     hub.cut[TRAIN] = 15_000_000
     hub.stall.clear()
     endpoint = f"http://127.0.0.1:{hub.server_port}"
-    process = subprocess.Popen(command(folder, 1), env=environment(folder, endpoint),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(folder, 1),
+        env=environment(folder, endpoint),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     part = folder / f"{TRAIN}.{hub.facts[TRAIN][0][:12]}.part"
     deadline = time.monotonic() + 30
     while not (part.exists() and part.stat().st_size >= STEP):

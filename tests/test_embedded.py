@@ -31,8 +31,10 @@ def slow_trigram_loss(train: list[int], val: list[int]) -> float:
     pairs: Counter[tuple[int, int]] = Counter()
     for (a, b, _), count in triples.items():
         pairs[a, b] += count
-    losses = [-math.log((triples[a, b, c] + 1) / (pairs[a, b] + 257))
-              for a, b, c in zip(val, val[1:], val[2:], strict=False)]
+    losses = [
+        -math.log((triples[a, b, c] + 1) / (pairs[a, b] + 257))
+        for a, b, c in zip(val, val[1:], val[2:], strict=False)
+    ]
     assert len(losses) == len(val) - 2
     return math.fsum(losses) / len(losses)
 
@@ -40,12 +42,18 @@ def slow_trigram_loss(train: list[int], val: list[int]) -> float:
 def test_the_loss_is_that_of_a_slow_trigram_model() -> None:
     """Few letters, so that most pairs are seen and one ends the shard; also the ids 0 and 256."""
     rng = np.random.default_rng(0)
-    train, val = (rng.choice([0, 97, 98, 99, 255, 256], size, p=[.1, .3, .3, .1, .1, .1])
-                  .astype(np.uint16) for size in (3000, 700))
+    train, val = (
+        rng.choice([0, 97, 98, 99, 255, 256], size, p=[0.1, 0.3, 0.3, 0.1, 0.1, 0.1]).astype(
+            np.uint16
+        )
+        for size in (3000, 700)
+    )
     assert embedded.trigram_loss(train, val) == pytest.approx(
-        slow_trigram_loss(train.tolist(), val.tolist()), abs=1e-12)
+        slow_trigram_loss(train.tolist(), val.tolist()), abs=1e-12
+    )
     assert embedded.trigram_loss(train, val) != pytest.approx(
-        slow_trigram_loss(train[:-1].tolist(), val.tolist()), abs=1e-12)
+        slow_trigram_loss(train[:-1].tolist(), val.tolist()), abs=1e-12
+    )
 
 
 def test_unseen_text_costs_the_uniform_loss() -> None:
@@ -57,8 +65,10 @@ def test_probabilities_of_every_context_sum_to_one() -> None:
     """A count of pairs that includes the shard's last one would make a model that leaks mass."""
     train = np.array([1, 2, 3, 1, 2, 4, 1, 2], np.uint16)
     for a, b in ((1, 2), (2, 3), (9, 9)):
-        total = sum(math.exp(-embedded.trigram_loss(train, np.array([a, b, c], np.uint16)))
-                    for c in range(257))
+        total = sum(
+            math.exp(-embedded.trigram_loss(train, np.array([a, b, c], np.uint16)))
+            for c in range(257)
+        )
         assert total == pytest.approx(1, abs=1e-12)
 
 
@@ -67,12 +77,13 @@ def test_the_target_is_the_loss_on_the_trainers_slice(corpus: tuple[Path, dict])
     the first 300,000 validate the slice: its length and offset, not the counting, are at stake."""
     folder, manifest = corpus
     train = read_shard(folder / NAMES[0])
-    val = read_shard(folder / NAMES[1])[:131_072 + 1]
+    val = read_shard(folder / NAMES[1])[: 131_072 + 1]
     assert len(val) == 131_073
     assert manifest["target"] == embedded.trigram_loss(train, val)
     short, few = train[:300_000], val[:20_000]
     assert embedded.trigram_loss(short, few) == pytest.approx(
-        slow_trigram_loss(short.tolist(), few.tolist()), abs=1e-10)
+        slow_trigram_loss(short.tolist(), few.tolist()), abs=1e-10
+    )
     assert 1.5 < manifest["target"] < 2.5  # nats; 1.90365 on 3.11.7, 1.81924 on 3.12.1
 
 
@@ -89,8 +100,11 @@ def test_manifest_and_sizes_are_as_promised(corpus: tuple[Path, dict]) -> None:
 
 def test_documents_are_whole_library_files_and_none_is_in_both(corpus: tuple[Path, dict]) -> None:
     folder, _ = corpus
-    library = {path.read_bytes() for path in Path(os.__file__).parent.rglob("*.py")
-               if "site-packages" not in path.parts}
+    library = {
+        path.read_bytes()
+        for path in Path(os.__file__).parent.rglob("*.py")
+        if "site-packages" not in path.parts
+    }
     splits = []
     for name in NAMES[:2]:
         tokens = read_shard(folder / name)
@@ -138,16 +152,24 @@ def test_a_library_without_sources_is_named(
 ) -> None:
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "a.py").write_text("pass")
-    monkeypatch.setattr(embedded.sysconfig, "get_paths",
-                        lambda: {"stdlib": str(tmp_path / "library")})
+    monkeypatch.setattr(
+        embedded.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "library")}
+    )
     with pytest.raises(ValueError, match="too little source code"):
         embedded.make(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_excluded_folders_and_bad_encodings_stay_out(tmp_path: Path) -> None:
-    for name in ("a.py", "site-packages/b.py", "pkg/test/c.py", "encodings/cp1.py", "pkg/d.py",
-                 "_sysconfigdata_x.py", "e.txt"):
+    for name in (
+        "a.py",
+        "site-packages/b.py",
+        "pkg/test/c.py",
+        "encodings/cp1.py",
+        "pkg/d.py",
+        "_sysconfigdata_x.py",
+        "e.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     paths = embedded.library_files(tmp_path)
@@ -162,8 +184,13 @@ def test_the_script_runs_from_any_folder_and_prints_one_line(tmp_path: Path) -> 
     (tmp_path / "data").mkdir()
     for name in ("embedded.py", "shards.py"):
         (tmp_path / "data" / name).write_bytes((ROOT / "data" / name).read_bytes())
-    result = subprocess.run([sys.executable, tmp_path / "data" / "embedded.py"], cwd="/",
-                            capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "data" / "embedded.py"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("\n") == 1 and " target 1." in result.stdout
     assert sorted(path.name for path in (tmp_path / "data" / "embedded").iterdir()) == NAMES

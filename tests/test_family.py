@@ -119,7 +119,7 @@ HARD = {
     "square": lambda: uneven(12, 12),
     "square of rank 3": lambda: gaussian(12, 3) @ gaussian(3, 12, seed=1),
     "spectrum 1/i": lambda: powerlaw(48, 12),
-}  # fmt: skip
+}
 
 
 @every
@@ -198,13 +198,22 @@ def test_rounding_fills_the_missing_directions_of_a_low_rank_gradient(name: str)
 @every
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    shape=shapes, rank=st.integers(0, 20), seed=st.integers(0, 99), exponent=st.integers(-20, 20),
-    dtype=st.sampled_from(PRODUCTS), axis=st.sampled_from([0, 1, None]),
-)  # fmt: skip
+    shape=shapes,
+    rank=st.integers(0, 20),
+    seed=st.integers(0, 99),
+    exponent=st.integers(-20, 20),
+    dtype=st.sampled_from(PRODUCTS),
+    axis=st.sampled_from([0, 1, None]),
+)
 def test_any_gradient_gives_a_finite_bounded_direction(
-    name: str, shape: tuple[int, int], rank: int, seed: int, exponent: int, dtype: torch.dtype,
+    name: str,
+    shape: tuple[int, int],
+    rank: int,
+    seed: int,
+    exponent: int,
+    dtype: torch.dtype,
     axis: int | None,
-) -> None:  # fmt: skip
+) -> None:
     m, n = shape
     grad = (gaussian(m, rank, seed=seed) @ gaussian(rank, n, seed=seed + 1)) * 10.0**exponent
     U = direction(name, grad.float(), dtype=dtype, neuron_axis=axis).double()

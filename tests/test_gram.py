@@ -183,8 +183,9 @@ def test_gathering_two_steps_changes_rounding_only() -> None:
 @pytest.mark.parametrize("wide", [False, True])
 def test_compiled_code_gives_what_eager_code_gives(wide: bool) -> None:
     """Its X is kept in memory as it lies there, see `gram_polar`."""
-    momentum, grad = (torch.randn(2, 96, 24, generator=torch.Generator().manual_seed(i))
-                      for i in (1, 2))  # fmt: skip
+    momentum, grad = (
+        torch.randn(2, 96, 24, generator=torch.Generator().manual_seed(i)) for i in (1, 2)
+    )
 
     def update(momentum: Tensor, grad: Tensor) -> Tensor:
         X = grad.lerp(momentum, 0.9)  # computed, as it is in an optimizer

@@ -29,8 +29,9 @@ def made_examples(count: int) -> list[Example]:
     draws = torch.Generator().manual_seed(0)
 
     def words(most: int) -> str:
-        chosen = torch.randint(len(WORDS), (1 + int(torch.randint(most, (), generator=draws)),),
-                               generator=draws)  # fmt: skip
+        chosen = torch.randint(
+            len(WORDS), (1 + int(torch.randint(most, (), generator=draws)),), generator=draws
+        )
         return " ".join(WORDS[i] for i in chosen)
 
     labels = torch.randint(4, (count,), generator=draws).tolist()
@@ -38,8 +39,10 @@ def made_examples(count: int) -> list[Example]:
 
 
 def write_jsonl(path: Path, examples: list[Example], **more: object) -> Path:
-    rows = (dict(ind=i, ctx=e.context, endings=e.endings, label=e.label, **more)
-            for i, e in enumerate(examples))  # fmt: skip
+    rows = (
+        dict(ind=i, ctx=e.context, endings=e.endings, label=e.label, **more)
+        for i, e in enumerate(examples)
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -68,8 +71,11 @@ def scores(capsys: pytest.CaptureFixture, *words: object) -> dict[str, float]:
     """The numbers of the one line that is printed."""
     assert hellaswag.main([*map(str, words), "--device", "cpu"]) == 0
     out, _ = capsys.readouterr()
-    line = re.fullmatch(r"hellaswag acc_norm:(\d\.\d{4}) \+- (\d\.\d{4}) acc:(\d\.\d{4}) \+- "
-                        r"\d\.\d{4} examples:(\d+) cut:(\d+) step:\d+ \S+\n", out)  # fmt: skip
+    line = re.fullmatch(
+        r"hellaswag acc_norm:(\d\.\d{4}) \+- (\d\.\d{4}) acc:(\d\.\d{4}) \+- "
+        r"\d\.\d{4} examples:(\d+) cut:(\d+) step:\d+ \S+\n",
+        out,
+    )
     assert line, out
     names = ("acc_norm", "error", "acc", "examples", "cut")
     return dict(zip(names, map(float, line.groups()), strict=True))
@@ -125,10 +131,12 @@ def test_a_model_that_prefers_the_right_ending_gets_1(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     checkpoint = fond_of_a(tmp_path / "run.pt")
-    right = [Example("x", ["aa" if i == label else "qq" for i in range(4)], label)
-             for label in range(4)]  # fmt: skip
-    wrong = [Example("x", ["qq" if i == label else "aa" for i in range(4)], label)
-             for label in range(4)]  # fmt: skip
+    right = [
+        Example("x", ["aa" if i == label else "qq" for i in range(4)], label) for label in range(4)
+    ]
+    wrong = [
+        Example("x", ["qq" if i == label else "aa" for i in range(4)], label) for label in range(4)
+    ]
     for examples, share in ((right, 1.0), (wrong, 0.0), (right + wrong, 0.5)):
         data = write_jsonl(tmp_path / "val.jsonl", examples)
         found = scores(capsys, checkpoint, "--data", data)
@@ -157,8 +165,10 @@ def test_what_is_too_long_is_cut_on_the_left(tmp_path: Path) -> None:
     write_checkpoint(path := tmp_path / "run.pt")
     tokenizer, _ = tokenizer_of(load_model(path, torch.device("cpu"))[1])
     for context, ending, scored, cut in (
-        ("c" * 30, "ee", 3, False), ("c" * 31, "ee", 3, True), ("c", "e" * 50, 32, True),
-    ):  # fmt: skip
+        ("c" * 30, "ee", 3, False),
+        ("c" * 31, "ee", 3, True),
+        ("c", "e" * 50, 32, True),
+    ):
         rows, was_cut = hellaswag.render(Example(context, [ending, "e"], 0), tokenizer, 32)
         text = f"{context} {ending}".encode()
         assert bytes(rows[0].tokens) == text[-33:] and rows[0].scored == scored
@@ -210,13 +220,19 @@ def test_limit_takes_the_first_and_out_appends_a_line(
 
 GOOD = dict(ctx="a", endings=["b", "c", "d", "e"], label=3)
 BAD_LINES = [
-    ("{", "is not JSON"), ("[1]", '"ctx" is None'), (GOOD | {"ctx": 1}, '"ctx" is 1'),
-    (GOOD | {"endings": "bcde"}, "\"endings\" is 'bcde'"), (GOOD | {"endings": ["b"]}, "endings"),
-    (GOOD | {"endings": ["b", None]}, "endings"), (GOOD | {"label": 4}, "expected 0 to 3"),
-    (GOOD | {"label": -1}, '"label" is -1'), (GOOD | {"label": ""}, "\"label\" is ''"),
-    (GOOD | {"label": True}, '"label" is True'), (GOOD | {"label": 1.0}, '"label" is 1.0'),
+    ("{", "is not JSON"),
+    ("[1]", '"ctx" is None'),
+    (GOOD | {"ctx": 1}, '"ctx" is 1'),
+    (GOOD | {"endings": "bcde"}, "\"endings\" is 'bcde'"),
+    (GOOD | {"endings": ["b"]}, "endings"),
+    (GOOD | {"endings": ["b", None]}, "endings"),
+    (GOOD | {"label": 4}, "expected 0 to 3"),
+    (GOOD | {"label": -1}, '"label" is -1'),
+    (GOOD | {"label": ""}, "\"label\" is ''"),
+    (GOOD | {"label": True}, '"label" is True'),
+    (GOOD | {"label": 1.0}, '"label" is 1.0'),
     ({"endings": GOOD["endings"], "label": 0}, '"ctx" is None'),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("bad, said", BAD_LINES)
@@ -253,7 +269,8 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_evaluation(
     write_checkpoint(checkpoint := tmp_path / "run.pt")
     data = write_jsonl(tmp_path / "val.jsonl", made_examples(1))
     assert "cannot append to --out" in fails(
-        capsys, checkpoint, "--data", data, "--out", tmp_path / out)
+        capsys, checkpoint, "--data", data, "--out", tmp_path / out
+    )
 
 
 def test_a_model_of_nans_has_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -304,9 +321,15 @@ def hub(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
 
 def in_python(folder: Path, port: int, *words: str) -> tuple[int, str, str]:
     """What `python words...` does in this folder, with a hub at this port."""
-    env = dict(HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HOME=str(folder / "hf"),
-               HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_ETAG_TIMEOUT="2", HF_HUB_OFFLINE="0",
-               NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # fmt: skip
+    env = dict(
+        HF_ENDPOINT=f"http://127.0.0.1:{port}",
+        HF_HOME=str(folder / "hf"),
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_ETAG_TIMEOUT="2",
+        HF_HUB_OFFLINE="0",
+        NO_PROXY="127.0.0.1",
+        no_proxy="127.0.0.1",
+    )
     return in_fresh_python(*words, cwd=folder, **env)
 
 

@@ -22,8 +22,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds of Muon, two of Aurora, and one run that crashed."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "logs").mkdir()
-    for optimizer, seed, loss in (("muon", 1, 3.2), ("muon", 2, 3.21), ("aurora", 1, 3.1),
-                                  ("aurora", 2, 3.12), ("aurora", 3, 3.0)):
+    for optimizer, seed, loss in (
+        ("muon", 1, 3.2),
+        ("muon", 2, 3.21),
+        ("aurora", 1, 3.1),
+        ("aurora", 2, 3.12),
+        ("aurora", 3, 3.0),
+    ):
         run = write_log(folder / "logs", optimizer, seed, loss)
     run.path.write_text(run.path.read_text().replace("end: ", "X"))
     return folder
@@ -31,8 +36,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> str:
-    main(["report", str(folder / "logs"), "--title", "Muon <& Aurora>", "--out",
-          str(folder / "report.html")])
+    main(
+        [
+            "report",
+            str(folder / "logs"),
+            "--title",
+            "Muon <& Aurora>",
+            "--out",
+            str(folder / "report.html"),
+        ]
+    )
     return (folder / "report.html").read_text()
 
 
@@ -44,8 +57,10 @@ def cells(text: str) -> list[list[str]]:
 
 def test_the_file_needs_no_network_and_no_script(report: str) -> None:
     assert "<script" not in report and "<link" not in report and "url(" not in report
-    assert all(source.startswith("data:image/svg+xml;base64,")
-               for source in re.findall(r'src="([^"]*)"', report))
+    assert all(
+        source.startswith("data:image/svg+xml;base64,")
+        for source in re.findall(r'src="([^"]*)"', report)
+    )
     assert report.count("<img ") == 4 and "http" not in report
     assert "<title>Muon &lt;&amp; Aurora&gt;</title>" in report
 
@@ -62,8 +77,10 @@ def test_its_statistics_are_those_of_the_logs(report: str, folder: Path) -> None
 def test_tables_have_headings_and_no_empty_columns(report: str) -> None:
     """Three tables stood below one heading, with columns of nothing but dashes."""
     assert re.findall(r"<h3>(.*?)</h3>\n<(table|ul)", report)[:3] == [
-        ("Loss at one step", "table"), ("Steps and seconds to 3.28", "table"),
-        ("Each pair of groups", "table")]
+        ("Loss at one step", "table"),
+        ("Steps and seconds to 3.28", "table"),
+        ("Each pair of groups", "table"),
+    ]
     for text in report.split("<table>")[1:]:
         for column in zip(*cells(text.split("</table>")[0]), strict=True):
             assert set(column[1:]) != {"-"}, column[0]
@@ -71,8 +88,14 @@ def test_tables_have_headings_and_no_empty_columns(report: str) -> None:
 
 def test_the_settings_read_back_are_in_it(tmp_path: Path) -> None:
     """show prints them, the report did not."""
-    main(["report", str(ROOT / "records/prose/muon_1xH200_seed1.txt"), "--out",
-          str(tmp_path / "report.html")])
+    main(
+        [
+            "report",
+            str(ROOT / "records/prose/muon_1xH200_seed1.txt"),
+            "--out",
+            str(tmp_path / "report.html"),
+        ]
+    )
     text = (tmp_path / "report.html").read_text()
     assert "<p>settings read back of muon_1xH200_seed1: " in text
 
@@ -83,8 +106,16 @@ def test_a_run_that_crashed_is_listed_and_not_counted(report: str) -> None:
 
 
 def test_the_same_logs_give_the_same_file(report: str, folder: Path) -> None:
-    main(["report", str(folder / "logs"), "--title", "Muon <& Aurora>", "--out",
-          str(folder / "again.html")])
+    main(
+        [
+            "report",
+            str(folder / "logs"),
+            "--title",
+            "Muon <& Aurora>",
+            "--out",
+            str(folder / "again.html"),
+        ]
+    )
     assert (folder / "again.html").read_text() == report
 
 
@@ -110,12 +141,25 @@ def test_a_browser_shows_every_picture(report: str, folder: Path) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser here to open the report: none of {', '.join(BROWSERS)}")
-    count = ("<script>addEventListener('load', () => { document.title = [...document.images]."
-             "filter(i => i.complete && i.naturalWidth > 300).length + ' shown'; })</script>")
+    count = (
+        "<script>addEventListener('load', () => { document.title = [...document.images]."
+        "filter(i => i.complete && i.naturalWidth > 300).length + ' shown'; })</script>"
+    )
     (folder / "copy.html").write_text(report.replace("</body>", f"{count}</body>"))
     done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/user",
-         "--virtual-time-budget=5000", "--dump-dom", (folder / "copy.html").as_uri()],
-        capture_output=True, text=True, timeout=100)
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={folder}/user",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            (folder / "copy.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert "<title>4 shown</title>" in done.stdout, done.stderr[-2000:]
     assert "Statistics</h2>" in done.stdout

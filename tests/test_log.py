@@ -20,8 +20,24 @@ from records.log import RULE, Run, parse_log
 from train_gpt import flatten
 
 Tiny = Callable[..., list[str]]
-DEMO = ("--preset", "demo", "--device", "cpu", "--optimizer", "aurora", "--steps", "3", "--rows",
-        "2", "--batch-tokens", "2048", "--val-tokens", "2048", "--val-every", "1")  # fmt: skip
+DEMO = (
+    "--preset",
+    "demo",
+    "--device",
+    "cpu",
+    "--optimizer",
+    "aurora",
+    "--steps",
+    "3",
+    "--rows",
+    "2",
+    "--batch-tokens",
+    "2048",
+    "--val-tokens",
+    "2048",
+    "--val-every",
+    "1",
+)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 PACKAGES = ("kernels", "optimizers")
 SOURCES = [f"{package}/{p.name}" for package in PACKAGES for p in (ROOT / package).glob("*.py")]
@@ -56,10 +72,13 @@ def test_a_log_follows_its_grammar_line_by_line(original: tuple[str, Run, str]) 
     assert environment[-1].startswith('meta: {"') and body[-1] == ""
     validated = r"step:{}/3 val_loss:\d+\.\d{{5}} train_time:\d+\.\d{{3}}s step_avg:{}ms"
     shapes = [
-        validated.format(0, "nan"), r'optim: {"step": 1, .*}', validated.format(1, r"\d+\.\d\d"),
-        validated.format(2, r"\d+\.\d\d"), validated.format(3, r"\d+\.\d\d"),
+        validated.format(0, "nan"),
+        r'optim: {"step": 1, .*}',
+        validated.format(1, r"\d+\.\d\d"),
+        validated.format(2, r"\d+\.\d\d"),
+        validated.format(3, r"\d+\.\d\d"),
         r'end: {"status": "complete", .*}',
-    ]  # fmt: skip
+    ]
     assert len(body[:-1]) == len(shapes)
     for line, shape in zip(body[:-1], shapes, strict=True):
         assert re.fullmatch(shape, line), line
@@ -81,17 +100,31 @@ def test_the_parser_reads_what_the_trainer_writes(original: tuple[str, Run, str]
     assert meta["config"]["batch_tokens"] == 2048 and meta["argv"][:2] == ["--preset", "demo"]
     assert re.fullmatch(r"[0-9a-f]{40}|unknown|", meta["commit"])
     assert {group["name"] for group in log.optim["groups"]} == {
-        "embed", "head", "scalars", "attn", "fc", "proj",
-    }  # fmt: skip
+        "embed",
+        "head",
+        "scalars",
+        "attn",
+        "fc",
+        "proj",
+    }
 
 
 def test_the_optimizers_hyperparameters_are_in_the_log(original: tuple[str, Run, str]) -> None:
     """`optim:` is read back from the groups; it would have shown an ignored decay (MN#279)."""
     groups = {group["name"]: group for group in original[1].optim["groups"]}
-    assert groups["fc"].items() >= dict(
-        optimizer="aurora", rounds=2, exponent=0.5, balance="both", neuron_axis=0, lr=0.025,
-        weight_decay=0.05, momentum=0.95,
-    ).items()  # fmt: skip
+    assert (
+        groups["fc"].items()
+        >= dict(
+            optimizer="aurora",
+            rounds=2,
+            exponent=0.5,
+            balance="both",
+            neuron_axis=0,
+            lr=0.025,
+            weight_decay=0.05,
+            momentum=0.95,
+        ).items()
+    )
     assert groups["embed"]["optimizer"] == "adamw" and groups["embed"]["weight_decay"] == 0.001
 
 
@@ -197,12 +230,13 @@ def write_tree(folder: Path, **files: str) -> Path:
 
 def test_a_flattened_tree_runs_alone_with_each_module_once(tmp_path: Path) -> None:
     main = write_tree(
-        tmp_path, __init__="from .a import f\nfrom .b import g\n",
+        tmp_path,
+        __init__="from .a import f\nfrom .b import g\n",
         a="from .c import (\n    BASE,\n)\n\n\ndef f(x):\n    return BASE + x\n",
         b="from .c import BASE\n\n\ndef g(x):\n    return BASE * x\n",
         c="import math\n\nBASE = math.floor(10.5)\n",
         main="import json\n\nfrom package import f, g\n\nprint(json.dumps([f(1), g(2)]))\n",
-    )  # fmt: skip
+    )
     flat = flatten(main)
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -218,13 +252,16 @@ def test_a_flattened_tree_runs_alone_with_each_module_once(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "again",
-    ["def f(): ...", "class f: ...", "f = 1", "f, g = 1, 2",
-     "f: int = 1"],
-)  # fmt: skip
+    ["def f(): ...", "class f: ...", "f = 1", "f, g = 1, 2", "f: int = 1"],
+)
 def test_a_name_of_two_modules_is_an_error(tmp_path: Path, again: str) -> None:
     """The later one would silently replace the earlier one in the flattened script."""
-    main = write_tree(tmp_path, __init__="from .a import f\n", a="def f():\n    return 1\n",
-                      main=f"from package import f\n\n{again}\n")  # fmt: skip
+    main = write_tree(
+        tmp_path,
+        __init__="from .a import f\n",
+        a="def f():\n    return 1\n",
+        main=f"from package import f\n\n{again}\n",
+    )
     with pytest.raises(AssertionError, match="f: .*a.py.*main.py"):
         flatten(main)
 
@@ -280,9 +317,11 @@ def test_packages_import_nothing_that_flatten_cannot_follow() -> None:
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and not any(a.asname for a in node.names), name
             elif isinstance(node, ast.Import | ast.ImportFrom):
-                modules = [getattr(node, "module", None)] if isinstance(node, ast.ImportFrom) else [
-                    a.name for a in node.names
-                ]  # fmt: skip
+                modules = (
+                    [getattr(node, "module", None)]
+                    if isinstance(node, ast.ImportFrom)
+                    else [a.name for a in node.names]
+                )
                 for module in modules:
                     top = module.split(".")[0]
                     assert top in {"torch", "triton"} | set(sys.stdlib_module_names), (name, top)

@@ -89,9 +89,7 @@ def fake(patch: pytest.MonkeyPatch) -> None:
         Stream.at.pop()
 
     @contextmanager
-    def graph(
-        of: Graph, pool: object, stream: Stream, capture_error_mode: str
-    ) -> Iterator[None]:  # fmt: skip
+    def graph(of: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         assert pool is pools[-1] and capture_error_mode == "thread_local"
         recording.append(of)
         with torch.cuda.stream(stream):
@@ -101,10 +99,14 @@ def fake(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MicrobatchGraphs, "run", run)
     patch.setattr(MicrobatchGraphs, "worth", lambda shape, device: True)
     names = dict(
-        CUDAGraph=Graph, graph=graph, Stream=Stream, stream=stream,
-        current_stream=lambda: Stream.at[-1], reset_peak_memory_stats=lambda: None,
+        CUDAGraph=Graph,
+        graph=graph,
+        Stream=Stream,
+        stream=stream,
+        current_stream=lambda: Stream.at[-1],
+        reset_peak_memory_stats=lambda: None,
         graph_pool_handle=lambda: pools.append(object()) or pools[-1],
-    )  # fmt: skip
+    )
     for name, value in names.items():
         patch.setattr(torch.cuda, name, value)
 
@@ -179,8 +181,12 @@ def test_what_records_has_run_on_its_stream_and_the_streams_wait_for_each_other(
     usual = Stream.at[0]
     side = recorded(Model()).stream
     assert Stream.events == [
-        ("wait", side, usual), ("run", side), ("wait", usual, side), ("run", side), ("run", side)
-    ]  # fmt: skip
+        ("wait", side, usual),
+        ("run", side),
+        ("wait", usual, side),
+        ("run", side),
+        ("run", side),
+    ]
     assert side is not usual and Stream.at == [usual]
 
 
@@ -267,7 +273,7 @@ Config = train_gpt.Config
 
 def trained(
     config: Config, steps: int = 5, between: Callable = lambda trainer, step: None
-) -> tuple[list[Tensor], list[Tensor], train_gpt.Trainer]:  # fmt: skip
+) -> tuple[list[Tensor], list[Tensor], train_gpt.Trainer]:
     """Losses of the steps, and the weights after them."""
     trainer = trainer_of(config)
     trainer.warm_up()
@@ -290,7 +296,7 @@ def plainly(config: Config, **how: object) -> tuple[list[Tensor], list[Tensor]]:
 @COUNTS
 def test_replayed_steps_are_the_steps_without_graphs(
     count: int, config: Config, graphs: type[Graph]
-) -> None:  # fmt: skip
+) -> None:
     """Losses and weights, bit for bit."""
     config = dataclasses.replace(config, rows=ROWS // count, steps=8)
     expected = plainly(config)
@@ -303,7 +309,7 @@ def test_replayed_steps_are_the_steps_without_graphs(
 
 def test_weights_that_were_loaded_or_moved_are_those_that_replays_use(
     config: Config, graphs: type[Graph]
-) -> None:  # fmt: skip
+) -> None:
     """A checkpoint is loaded in place. The slot brings moved matrices back, to another place."""
     config = dataclasses.replace(config, steps=8)
     saved = {}
@@ -328,7 +334,7 @@ def test_weights_that_were_loaded_or_moved_are_those_that_replays_use(
 @COUNTS
 def test_only_steps_without_graphs_announce_their_last_backward_pass(
     count: int, config: Config, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """Hooks that it sets do not run in a replay."""
     heard = []
     monkeypatch.setattr(Muon, "before_last_backward", lambda self: heard.append(None))
@@ -353,7 +359,7 @@ def test_small_microbatches_are_worth_a_graph_and_only_on_hopper(
 
 def test_the_trainer_asks_for_its_microbatch_on_its_device(
     config: Config, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     asked = []
     monkeypatch.setattr(MicrobatchGraphs, "worth", lambda *args: asked.append(args))
     *_, trainer = trained(dataclasses.replace(config, rows=4), steps=1)
@@ -368,7 +374,7 @@ def test_nothing_is_recorded_on_the_cpu(config: Config) -> None:
 
 def test_recording_is_part_of_the_warm_up_and_serves_all_trials(
     config: Config, graphs: type[Graph]
-) -> None:  # fmt: skip
+) -> None:
     trainer = trainer_of(dataclasses.replace(config, trials=2))
     trainer.warm_up()
     assert len(graphs.recorded) == 2 and not graphs.replays
@@ -380,7 +386,7 @@ def test_recording_is_part_of_the_warm_up_and_serves_all_trials(
 
 def test_the_peak_of_the_memory_counts_what_was_recorded(
     config: Config, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """Between replays a graph's memory is not counted as allocated, though no one else has it."""
     resets = []
 
@@ -400,7 +406,7 @@ def test_the_peak_of_the_memory_counts_what_was_recorded(
 @pytest.mark.parametrize("here", [True, False])
 def test_where_one_rank_lacks_the_memory_none_has_graphs(
     here: bool, config: Config, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     expected, works, agreed = plainly(config), torch.cuda.graph, train_gpt.World.all_reduce
 
     def graph(of: Graph, **how: object) -> object:
@@ -421,7 +427,7 @@ def test_where_one_rank_lacks_the_memory_none_has_graphs(
 
 def test_graphs_beside_which_no_validation_fits_are_dropped(
     config: Config, graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """What they keep, eager code cannot use: the first validation ended the run."""
     expected, forward, lacks = plainly(config), train_gpt.GPT.forward, [True]
 
@@ -518,8 +524,10 @@ def test_on_a_gpu_replays_give_what_eager_code_gives(fp8: bool) -> None:
         if p.ndim == 2:
             p.data.normal_(std=0.02)  # zeros would hide gradients
     shape, count = (8, config.row_tokens), config.vocab_size
-    steps = [[torch.randint(count, (2, *shape), device=device).unbind() for _ in range(n)]
-             for n in (1, 2, 4, 1)]  # fmt: skip
+    steps = [
+        [torch.randint(count, (2, *shape), device=device).unbind() for _ in range(n)]
+        for n in (1, 2, 4, 1)
+    ]
 
     def gradients() -> list[Tensor]:
         found = [p.grad.clone().float() for p in model.parameters()]

@@ -110,9 +110,7 @@ def small_model(**changes: Any) -> tuple[torch.nn.Module, Config]:
 
 
 def doubles(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {
-        name: p.detach().double().requires_grad_() for name, p in model.named_parameters()
-    }  # fmt: skip
+    return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -264,8 +262,9 @@ def names_by_group(model: torch.nn.Module, config: Config) -> dict[str, set[str]
     names = {p: name for name, p in model.named_parameters()}
     return {
         group["name"]: {names[p] for p in group["params"]}
-        for opt in build_optimizers(model, config) for group in opt.param_groups
-    }  # fmt: skip
+        for opt in build_optimizers(model, config)
+        for group in opt.param_groups
+    }
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -299,8 +298,11 @@ def test_the_hyperparameters_are_those_of_entry_36_but_for_its_polar_factor() ->
     for name in ("attn", "fc", "proj"):
         g = groups[name]
         assert (g["lr"], g["weight_decay"], g["momentum"], g["polar"]) == (
-            0.025, 0.05, 0.95, "gram6",
-        )  # fmt: skip
+            0.025,
+            0.05,
+            0.95,
+            "gram6",
+        )
 
 
 @pytest.mark.parametrize("where", ["top", "block"])
@@ -385,9 +387,17 @@ def gradients(rank: int, size: int, argv: list[str]) -> list[Tensor]:
 
 def gradient_run(corpus: Path, folder: Path, size: int, rows: int) -> list[list[Tensor]]:
     argv = [
-        "--steps", "1", "--device", "cpu", "--data", str(corpus), "--rows", str(rows), "--log",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--data",
+        str(corpus),
+        "--rows",
+        str(rows),
+        "--log",
         str(folder / f"log{size}.{rows}"),
-    ]  # fmt: skip
+    ]
     if size == 0:
         return [gradients(0, 1, argv)]
     return on_ranks(size, gradients, folder / str(size), argv)
@@ -402,9 +412,7 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Te
 def agree(found: list[Tensor], reference: list[Tensor]) -> bool:
     """To 1e-5 of each parameter's gradient, float32 rounding in a sum of 512 tokens."""
     assert len(found) == len(reference)
-    return all(
-        (a - b).norm() <= 1e-5 * b.norm() > 0 for a, b in zip(found, reference, strict=True)
-    )  # fmt: skip
+    return all((a - b).norm() <= 1e-5 * b.norm() > 0 for a, b in zip(found, reference, strict=True))
 
 
 def test_the_step_gets_the_gradient_of_the_sum_over_all_tokens(

@@ -153,8 +153,10 @@ print("compiled")
 """
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() and kernels.is_hopper("cuda")),
-                    reason="no Hopper GPU: the interpreter above runs one turn after the other")
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and kernels.is_hopper("cuda")),
+    reason="no Hopper GPU: the interpreter above runs one turn after the other",
+)
 def test_on_a_gpu_loops_of_many_turns_give_what_pytorch_gives() -> None:
     """Loads are under way for the turns that follow; words are spread over programs."""
     generator = torch.Generator("cuda").manual_seed(1)
@@ -170,9 +172,14 @@ def test_on_a_gpu_loops_of_many_turns_give_what_pytorch_gives() -> None:
         norm_gradient=(dh, dn, n, gains[0], scales),
         embed=(ids, table, *gains),
         embed_gradient=(dh, dn, n, ids, table, *gains, scales),
-        rotary_gradient=(*(d.view(tokens, heads, 128) for d in (dh, dn)), qkv, angle.cos(),
-                         angle.sin(), s),
-    )  # fmt: skip
+        rotary_gradient=(
+            *(d.view(tokens, heads, 128) for d in (dh, dn)),
+            qkv,
+            angle.cos(),
+            angle.sin(),
+            s,
+        ),
+    )
     for name, args in calls.items():
         wide = [t.double() if t.is_floating_point() else t for t in args]
         found = getattr(kernels, f"{name}_by_triton")(*args)
@@ -342,8 +349,9 @@ def test_in_bfloat16_the_fused_gradients_are_no_further_from_float32_than_the_pl
     errors = {}
     for fused in (True, False):
         grads = loss_and_gradients(model, tokens, fused)[1]
-        errors[fused] = {n: ((g.float() - exact[n]).norm() / exact[n].norm()).item()
-                         for n, g in grads.items()}  # fmt: skip
+        errors[fused] = {
+            n: ((g.float() - exact[n]).norm() / exact[n].norm()).item() for n, g in grads.items()
+        }
     for name, error in errors[True].items():
         assert error < max(0.05, 1.3 * errors[False][name]), (name, error, errors[False][name])
     assert sum(errors[True].values()) < 1.1 * sum(errors[False].values())

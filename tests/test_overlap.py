@@ -81,8 +81,9 @@ def train(name: str, rank: int, early: bool, events: list[str], **how: Any) -> l
         opt.step()
         events.append("step")
         opt.zero_grad()
-        assert not opt._reducer.hooks and not any(p._post_accumulate_grad_hooks for p in
-                                                  net.parameters())  # fmt: skip
+        assert not opt._reducer.hooks and not any(
+            p._post_accumulate_grad_hooks for p in net.parameters()
+        )
         assert not any(b.received is not None for b in opt._buckets)
     return [p.detach().clone() for p in net.parameters()]
 

@@ -26,11 +26,21 @@ CHANGED = {
     "muon": [dict(momentum=0.8), dict(weight_decay=0.5)],
     "normuon": [dict(beta2=0.8), dict(momentum=0.8), dict(weight_decay=0.5)],
     "unormuon": [dict(beta2=0.8), dict(momentum=0.8), dict(weight_decay=0.5)],
-    "aurora": [dict(rounds=1), dict(rounds=3), dict(exponent=0.25),
-               dict(momentum=0.8), dict(weight_decay=0.5)],
-    "riemannian": [dict(climbs=1), dict(step_size=0.4), dict(retractions=1), dict(momentum=0.8),
-                   dict(weight_decay=0.5)],
-}  # fmt: skip
+    "aurora": [
+        dict(rounds=1),
+        dict(rounds=3),
+        dict(exponent=0.25),
+        dict(momentum=0.8),
+        dict(weight_decay=0.5),
+    ],
+    "riemannian": [
+        dict(climbs=1),
+        dict(step_size=0.4),
+        dict(retractions=1),
+        dict(momentum=0.8),
+        dict(weight_decay=0.5),
+    ],
+}
 changes = [(name, how) for name, some in CHANGED.items() for how in some]
 
 

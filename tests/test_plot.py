@@ -24,12 +24,20 @@ STEPS = (0, 100, 200, 300, 400)
 
 def write_log(folder: Path, optimizer: str, seed: int, loss: float, **config: object) -> Run:
     """A log whose loss falls by 1 every 100 steps, down to `loss`, in 0.5 s a step."""
-    meta = {"format": 1, "optimizer": optimizer, "seed": seed, "world_size": 1, "device": "cpu",
-            "config": {"target": 3.28, "seed": seed} | config}
+    meta = {
+        "format": 1,
+        "optimizer": optimizer,
+        "seed": seed,
+        "world_size": 1,
+        "device": "cpu",
+        "config": {"target": 3.28, "seed": seed} | config,
+    }
     lines = [RULE, f"meta: {json.dumps(meta)}", RULE]
     for step in STEPS:
-        lines.append(f"step:{step}/400 val_loss:{loss + (400 - step) / 100:.5f} "
-                     f"train_time:{step / 2:.3f}s step_avg:{500.0 if step else float('nan'):.2f}ms")
+        lines.append(
+            f"step:{step}/400 val_loss:{loss + (400 - step) / 100:.5f} "
+            f"train_time:{step / 2:.3f}s step_avg:{500.0 if step else float('nan'):.2f}ms"
+        )
     path = folder / f"{optimizer}_{seed}.txt"
     path.write_text("\n".join([*lines, 'end: {"status": "complete"}', ""]))
     return parse_log(path)
@@ -38,8 +46,11 @@ def write_log(folder: Path, optimizer: str, seed: int, loss: float, **config: ob
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Run]:
     """Two seeds of Muon, one of Aurora."""
-    return [write_log(tmp_path, "muon", 1, 3.2), write_log(tmp_path, "muon", 2, 3.3),
-            write_log(tmp_path, "aurora", 1, 3.1)]
+    return [
+        write_log(tmp_path, "muon", 1, 3.2),
+        write_log(tmp_path, "muon", 2, 3.3),
+        write_log(tmp_path, "aurora", 1, 3.1),
+    ]
 
 
 def test_runs_that_differ_in_their_seed_only_are_one_group(runs: list[Run], tmp_path: Path) -> None:
@@ -47,7 +58,10 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(runs: list[Run], tmp_
     assert {label: len(some) for label, some in groups.items()} == {"Muon": 2, "Aurora": 1}
     more = write_log(tmp_path, "muon", 3, 3.2, lr_scale=2.0)
     assert [*group_runs([*runs, more])] == [
-        "Muon, lr_scale None", "Aurora, lr_scale None", "Muon, lr_scale 2.0"]
+        "Muon, lr_scale None",
+        "Aurora, lr_scale None",
+        "Muon, lr_scale 2.0",
+    ]
 
 
 def test_runs_of_two_codes_are_never_averaged(runs: list[Run]) -> None:
@@ -55,8 +69,10 @@ def test_runs_of_two_codes_are_never_averaged(runs: list[Run]) -> None:
     one, two, aurora = runs
     two = replace(two, meta=two.meta | {"code_sha256": "0123456789"})
     assert [*group_runs([one, two])] == ["Muon, code unknown", "Muon, code 0123456"]
-    public = [replace(run, path=Path(folder, "a.txt"), meta={})
-              for run, folder in ((one, "x/logs"), (two, "y/logs"))]
+    public = [
+        replace(run, path=Path(folder, "a.txt"), meta={})
+        for run, folder in ((one, "x/logs"), (two, "y/logs"))
+    ]
     assert [*group_runs(public)] == ["x/logs", "y/logs"]
 
 
@@ -146,8 +162,11 @@ def test_plot_writes_png_and_svg_and_the_same_bytes_again(
     for out in ("one", "two"):
         main(["plot", str(tmp_path), "--out", str(tmp_path / out)])
     names = {path.name for path in (tmp_path / "one").iterdir()}
-    assert names == {f"{name}.{kind}" for kind in ("png", "svg") for name in (
-        "loss_steps", "loss_time", "steps_to_target", "step_time")}
+    assert names == {
+        f"{name}.{kind}"
+        for kind in ("png", "svg")
+        for name in ("loss_steps", "loss_time", "steps_to_target", "step_time")
+    }
     assert len(capsys.readouterr().out.splitlines()) == 16
     for name in names:
         data = (tmp_path / "one" / name).read_bytes()
@@ -163,7 +182,9 @@ def test_runs_that_did_not_complete_are_left_out_unless_all_did_not(
     path = runs[0].path
     path.write_text(path.read_text().replace("end: ", "X"))
     assert {one.name: len(one.runs) for one in read_groups([str(tmp_path)])} == {
-        "Aurora": 1, "Muon": 1}
+        "Aurora": 1,
+        "Muon": 1,
+    }
     assert len(read_groups([str(path)])[0].runs) == 1
 
 
@@ -212,14 +233,20 @@ def with_nan(path: Path) -> str:
     return str(path.parent)
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    (["plot", "--out", "file"], "file is a file, expected a folder"),
-    (["plot", "--out", "file/x"], "file is a file, expected a folder"),
-    (["report", "--out", "file/x"], "file is a file, expected a folder"),
-    (["report", "--out", "logs"], "logs is a folder, expected the name of an HTML file"),
-])
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["plot", "--out", "file"], "file is a file, expected a folder"),
+        (["plot", "--out", "file/x"], "file is a file, expected a folder"),
+        (["report", "--out", "file/x"], "file is a file, expected a folder"),
+        (["report", "--out", "logs"], "logs is a folder, expected the name of an HTML file"),
+    ],
+)
 def test_an_out_of_the_wrong_kind_is_a_sentence(
-    argv: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It was "[Errno 17] File exists", after all the drawing."""
@@ -233,23 +260,36 @@ def test_an_out_of_the_wrong_kind_is_a_sentence(
 
 
 BAD = {
-    "found loss nan at step 200, expected numbers": lambda folder: [with_nan(
-        folder / "logs/muon_1.txt")],
+    "found loss nan at step 200, expected numbers": lambda folder: [
+        with_nan(folder / "logs/muon_1.txt")
+    ],
     "found no *.txt or *.log": lambda folder: ["empty"],
-    "mixed targets: 3.28": lambda folder: ["logs", str(
-        write_log(folder / "empty", "muon", 9, 3.2, target=3.4).path)],
+    "mixed targets: 3.28": lambda folder: [
+        "logs",
+        str(write_log(folder / "empty", "muon", 9, 3.2, target=3.4).path),
+    ],
     "no entry track_3#99": lambda folder: ["logs", "track_3#99"],
     "nowhere": lambda folder: ["nowhere"],
-    "expected a whole step: line": lambda folder: [(folder / "logs/b.txt").write_text(
-        f"{RULE}\n" + (folder / "logs/muon_1.txt").read_text().split("\n", 1)[1].replace(
-            "val_loss:3.2", "val_loss:x")) and "logs"],
+    "expected a whole step: line": lambda folder: [
+        (folder / "logs/b.txt").write_text(
+            f"{RULE}\n"
+            + (folder / "logs/muon_1.txt")
+            .read_text()
+            .split("\n", 1)[1]
+            .replace("val_loss:3.2", "val_loss:x")
+        )
+        and "logs"
+    ],
 }
 
 
 @pytest.mark.parametrize("command", ["plot", "report"])
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_input_is_one_sentence_and_nothing_is_written(
-    sentence: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    sentence: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)

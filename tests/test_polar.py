@@ -18,8 +18,10 @@ SHAPES = [(8, 8), (32, 8), (8, 32), (1, 16), (16, 1), (1, 1), (9, 8), (8, 9), (4
 def make(m: int, n: int, condition: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A matrix with singular values from 1 to 1/condition, and its exact polar factor."""
     generator, r = torch.Generator().manual_seed(seed), min(m, n)
-    U, V = (torch.linalg.qr(torch.randn(k, r, dtype=torch.float64, generator=generator))[0]
-            for k in (m, n))  # fmt: skip
+    U, V = (
+        torch.linalg.qr(torch.randn(k, r, dtype=torch.float64, generator=generator))[0]
+        for k in (m, n)
+    )
     sigma = condition ** -torch.linspace(0, 1, r, dtype=torch.float64)
     return U * sigma @ V.T, U @ V.T
 
@@ -47,11 +49,14 @@ def test_the_reference_is_the_svd_and_far_from_the_input() -> None:
         (torch.float32, torch.bfloat16, 6e-4),
     ],
     ids=["float64", "float32", "bfloat16"],
-)  # fmt: skip
+)
 def test_twelve_steps_give_the_polar_factor_to_the_precision_of_the_products(
-    shape: tuple[int, int], condition: int, dtype: torch.dtype, products: torch.dtype,
+    shape: tuple[int, int],
+    condition: int,
+    dtype: torch.dtype,
+    products: torch.dtype,
     allowed: float,
-) -> None:  # fmt: skip
+) -> None:
     X, exact = make(*shape, condition)
     U = polar(X.to(dtype), "quintic12", products)
     assert U.dtype == products and U.shape == X.shape
@@ -141,7 +146,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
         ("express8", 0.999, 1.001),
         ("exact", 1 - 1e-6, 1 + 1e-6),
     ],
-)  # fmt: skip
+)
 def test_each_method_ends_where_its_source_says(method: str, lowest: float, highest: float) -> None:
     """Singular values after float32 products, for conditions of 10 to 100 (aurora.md 4.1)."""
     for condition in (10, 30, 100):
@@ -161,9 +166,13 @@ def test_the_input_is_not_touched() -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    m=st.integers(1, 24), n=st.integers(1, 24), k=st.integers(1, 3), seed=st.integers(0, 99),
-    rank=st.integers(0, 24), exponent=st.integers(-25, 25),
-)  # fmt: skip
+    m=st.integers(1, 24),
+    n=st.integers(1, 24),
+    k=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    rank=st.integers(0, 24),
+    exponent=st.integers(-25, 25),
+)
 def test_any_matrix_gives_a_finite_factor_with_norm_at_most_one(
     m: int, n: int, k: int, seed: int, rank: int, exponent: int
 ) -> None:

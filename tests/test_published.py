@@ -17,7 +17,8 @@ def test_all_46_entries_have_runs() -> None:
     entries = track_3()
     assert list(entries) == list(range(1, 47))
     assert sum(len(one.runs) for one in entries.values()) == sum(
-        row["role"] == "evidence" for row in rows("runs"))
+        row["role"] == "evidence" for row in rows("runs")
+    )
     assert all(one.runs and len(one.losses) == len(one.runs) for one in entries.values())
 
 
@@ -35,8 +36,11 @@ def test_every_mean_sd_and_statistic_recomputes() -> None:
 
 def test_the_crossings_recompute() -> None:
     """The scored loss of entry 46 is val_ema_loss; all others cross on val_loss."""
-    runs = {(number, f"{run.path}", run.trial): run
-            for number, one in track_3().items() for run in one.runs}
+    runs = {
+        (number, f"{run.path}", run.trial): run
+        for number, one in track_3().items()
+        for run in one.runs
+    }
     files = {(row["entry"], row["run"]): row for row in rows("runs") if row["role"] == "evidence"}
     for row in rows("crossings"):
         if (key := (row["entry"], row["run"])) in files:

@@ -7,8 +7,14 @@ import pytest
 
 from records.log import RULE, parse_log
 
-META = {"format": 1, "optimizer": "muon", "seed": 1, "world_size": 1, "device": "NVIDIA H200",
-        "config": {"target": 3.42, "batch_tokens": 131072}}
+META = {
+    "format": 1,
+    "optimizer": "muon",
+    "seed": 1,
+    "world_size": 1,
+    "device": "NVIDIA H200",
+    "config": {"target": 3.42, "batch_tokens": 131072},
+}
 SCRIPT = '''import json
 META = """
 meta: {"format": 1, "optimizer": "a decoy"}
@@ -21,11 +27,13 @@ print(f"step:{step}/{steps} val_loss:{loss:.5f} train_time:{seconds:.3f}s step_a
 print("end: " + json.dumps({"status": "complete"}))
 '''
 ENVIRONMENT = "Running PyTorch 2.11.0+cu130 on NVIDIA H200\n| NVIDIA-SMI 580.1   é |"
-STEPS = ["step:0/1200 val_loss:10.82584 train_time:0.000s step_avg:nanms",
-         'optim: {"step": 1, "groups": [{"name": "embed", "lr": 0.7}]}',
-         "step:125/1200 val_loss:4.64419 train_time:66.065s step_avg:528.52ms",
-         'target: {"loss": 3.42, "step": 1150, "crossing_step": 1139.2}',
-         "step:1200/1200 val_loss:3.40831 train_time:503.177s step_avg:419.31ms"]
+STEPS = [
+    "step:0/1200 val_loss:10.82584 train_time:0.000s step_avg:nanms",
+    'optim: {"step": 1, "groups": [{"name": "embed", "lr": 0.7}]}',
+    "step:125/1200 val_loss:4.64419 train_time:66.065s step_avg:528.52ms",
+    'target: {"loss": 3.42, "step": 1150, "crossing_step": 1139.2}',
+    "step:1200/1200 val_loss:3.40831 train_time:503.177s step_avg:419.31ms",
+]
 END = 'end: {"status": "complete", "peak_gib": 29.0}'
 
 
@@ -73,30 +81,38 @@ def test_windows_line_ends_change_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_lines_are_kept_or_passed_over(tmp_path: Path) -> None:
-    body = ['diag: {"step": 125, "dead_neurons": 0.0}', 'diag: {"step": 250, "dead_neurons": 0.1}',
-            "KeyError: {'not': json}", "odd: {", "step:1/1200 train_time:0.5s step_avg:500.00ms"]
+    body = [
+        'diag: {"step": 125, "dead_neurons": 0.0}',
+        'diag: {"step": 250, "dead_neurons": 0.1}',
+        "KeyError: {'not': json}",
+        "odd: {",
+        "step:1/1200 train_time:0.5s step_avg:500.00ms",
+    ]
     run = parse_log(write_log(tmp_path / "a.txt", [*STEPS, *body, END]))
     assert [entry["step"] for entry in run.extra["diag"]] == [125, 250]
     assert set(run.extra) == {"diag"} and len(run.points) == 3
 
 
-@pytest.mark.parametrize(("body", "meta", "line", "found"), [
-    ([STEPS[0], STEPS[2].replace("4.64419", "4.6e1")], META, 17, "4.6e1"),
-    ([STEPS[0], STEPS[2].replace("s step_avg", " step_avg")], META, 17, "66.065 step_avg"),
-    ([STEPS[2], STEPS[0]], META, 17, "step 0"),
-    ([STEPS[0], f"[rank0] {STEPS[2]}"], META, 17, "[rank0] step:125"),  # such lines were lost
-    ([STEPS[0], f"  {STEPS[2]}"], META, 17, "'  step:125"),
-    ([STEPS[0], f"99%|##|{STEPS[2]}"], META, 17, "99%|##|step:125"),
-    ([STEPS[2], STEPS[4].replace(":503", ":3")], META, 17, "train_time 3.177 s"),
-    ([STEPS[0], STEPS[2].replace("step:125/", "step:1250/")], META, 17, "step 1250 of 1200"),
-    ([STEPS[0], STEPS[2].replace("125", "9" * 5000)], META, 17, "9999"),
-    ([END], META, 17, "without any step: line"),
-    ([STEPS[0], END[:-1]], META, 17, END[:-1]),
-    ([STEPS[0], 'end: {"state": "complete"}'], META, 17, "state"),
-    (STEPS, None, 14, "format missing"),
-    (STEPS, META | {"format": 2}, 15, "format 2"),
-    (STEPS, {"format": 1}, 14, 'meta: {"format": 1}'),
-])
+@pytest.mark.parametrize(
+    ("body", "meta", "line", "found"),
+    [
+        ([STEPS[0], STEPS[2].replace("4.64419", "4.6e1")], META, 17, "4.6e1"),
+        ([STEPS[0], STEPS[2].replace("s step_avg", " step_avg")], META, 17, "66.065 step_avg"),
+        ([STEPS[2], STEPS[0]], META, 17, "step 0"),
+        ([STEPS[0], f"[rank0] {STEPS[2]}"], META, 17, "[rank0] step:125"),  # such lines were lost
+        ([STEPS[0], f"  {STEPS[2]}"], META, 17, "'  step:125"),
+        ([STEPS[0], f"99%|##|{STEPS[2]}"], META, 17, "99%|##|step:125"),
+        ([STEPS[2], STEPS[4].replace(":503", ":3")], META, 17, "train_time 3.177 s"),
+        ([STEPS[0], STEPS[2].replace("step:125/", "step:1250/")], META, 17, "step 1250 of 1200"),
+        ([STEPS[0], STEPS[2].replace("125", "9" * 5000)], META, 17, "9999"),
+        ([END], META, 17, "without any step: line"),
+        ([STEPS[0], END[:-1]], META, 17, END[:-1]),
+        ([STEPS[0], 'end: {"state": "complete"}'], META, 17, "state"),
+        (STEPS, None, 14, "format missing"),
+        (STEPS, META | {"format": 2}, 15, "format 2"),
+        (STEPS, {"format": 1}, 14, 'meta: {"format": 1}'),
+    ],
+)
 def test_a_broken_line_is_named(
     tmp_path: Path, body: list[str], meta: dict | None, line: int, found: str
 ) -> None:
@@ -113,13 +129,19 @@ def test_a_log_needs_both_rule_lines(tmp_path: Path, text: str) -> None:
         parse_log(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize(("changes", "found"), [
-    ({"seed": "1"}, 'meta with seed "1"'), ({"config": "x"}, 'meta with config "x"'),
-    ({"device": None}, "meta with device null"), ({"world_size": True}, "world_size true"),
-    ({"config": {"target": "3.28"}}, 'meta with target "3.28"'), ({"torch": 2}, "torch 2"),
-    ({"config": {"target": float("nan")}}, "meta with target NaN"),
-    ({"config": {"batch_tokens": None}}, "meta with batch_tokens null"),
-])
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"seed": "1"}, 'meta with seed "1"'),
+        ({"config": "x"}, 'meta with config "x"'),
+        ({"device": None}, "meta with device null"),
+        ({"world_size": True}, "world_size true"),
+        ({"config": {"target": "3.28"}}, 'meta with target "3.28"'),
+        ({"torch": 2}, "torch 2"),
+        ({"config": {"target": float("nan")}}, "meta with target NaN"),
+        ({"config": {"batch_tokens": None}}, "meta with batch_tokens null"),
+    ],
+)
 def test_a_damaged_meta_line_is_one_sentence(tmp_path: Path, changes: dict, found: str) -> None:
     """The keys were looked for and not their types: show and compare ended in a traceback."""
     with pytest.raises(ValueError, match="expected") as caught:
@@ -128,14 +150,19 @@ def test_a_damaged_meta_line_is_one_sentence(tmp_path: Path, changes: dict, foun
     assert found in str(caught.value)
 
 
-@pytest.mark.parametrize(("line", "found"), [
-    ('optim: {"step": 1, "groups": ["embed"]}', 'a group "embed"'),
-    ('optim: {"step": 1, "groups": [{"lr": 0.7}]}', 'a group {"lr": 0.7}'),
-    ('optim: {"step": 1, "groups": {"name": "embed"}}', "optim with groups"),
-    ('target: {"loss": "3.42", "step": 1, "crossing_step": 1.0}', 'loss "3.42"'),
-    ('end: {"status": null}', "end with status null"), ('end: {"status": 5}', "status 5"),
-    ('end: {"status": ' + "9" * 5000 + "}", "'end: {"), ('end: ' + "[" * 99999, "'end: ["),
-])
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('optim: {"step": 1, "groups": ["embed"]}', 'a group "embed"'),
+        ('optim: {"step": 1, "groups": [{"lr": 0.7}]}', 'a group {"lr": 0.7}'),
+        ('optim: {"step": 1, "groups": {"name": "embed"}}', "optim with groups"),
+        ('target: {"loss": "3.42", "step": 1, "crossing_step": 1.0}', 'loss "3.42"'),
+        ('end: {"status": null}', "end with status null"),
+        ('end: {"status": 5}', "status 5"),
+        ('end: {"status": ' + "9" * 5000 + "}", "'end: {"),
+        ("end: " + "[" * 99999, "'end: ["),
+    ],
+)
 def test_a_damaged_line_of_results_is_one_sentence(tmp_path: Path, line: str, found: str) -> None:
     with pytest.raises(ValueError, match="expected") as caught:
         parse_log(write_log(tmp_path / "a.txt", [STEPS[0], line]))

@@ -166,9 +166,12 @@ def test_a_step_is_recorded_once_and_then_replayed_with_new_values(graphs: type[
 
 
 def test_what_moved_or_changed_is_recorded_anew(graphs: type[Graph]) -> None:
-    inputs = dict(weights=torch.zeros(1, 3, 4), grads=torch.ones(1, 3, 4),
-                  state={"sum": torch.zeros(1, 3, 4)},
-                  group={"lr": torch.tensor(0.5), "times": 1})  # fmt: skip
+    inputs = dict(
+        weights=torch.zeros(1, 3, 4),
+        grads=torch.ones(1, 3, 4),
+        state={"sum": torch.zeros(1, 3, 4)},
+        group={"lr": torch.tensor(0.5), "times": 1},
+    )
     replay = Replay(descend)
     replay(**inputs)
     changes = [
@@ -176,7 +179,7 @@ def test_what_moved_or_changed_is_recorded_anew(graphs: type[Graph]) -> None:
         dict(state={"sum": torch.zeros(1, 3, 4)}),
         dict(group={"lr": torch.tensor(0.5), "times": 1}),
         dict(group={"lr": inputs["group"]["lr"], "times": 2}),
-    ]  # fmt: skip
+    ]
     for count, change in enumerate(changes, 2):
         inputs |= change
         for _ in range(2):
@@ -270,8 +273,10 @@ def test_replayed_steps_are_the_steps_without_graphs(
     assert agree(steps(opt, 0, 4), plain)
     assert (len(graphs.recorded), graphs.replays) == (6, 18), "one for each part"
     assert {b.params[0].shape: len(b.replays) for b in opt._buckets} == {
-        (12, 4): 3, (4, 12): 2, (6, 6): 1
-    }  # fmt: skip
+        (12, 4): 3,
+        (4, 12): 2,
+        (6, 6): 1,
+    }
 
 
 @every
@@ -350,8 +355,13 @@ def summed(rank: int, size: int) -> dict:
         found = steps(opt, 0, 3, rank)
         parts = sum(len(b.replays) for b in opt._buckets)
         again = len(Graph.recorded) - count
-        return dict(agree=agree(found, plain), parts=parts, recorded=count, again=again,
-                    replays=Graph.replays)  # fmt: skip
+        return dict(
+            agree=agree(found, plain),
+            parts=parts,
+            recorded=count,
+            again=again,
+            replays=Graph.replays,
+        )
 
 
 def test_sums_of_two_ranks_are_replayed_though_each_step_has_new_ones(tmp_path: Path) -> None:

@@ -17,28 +17,43 @@ NAMES = ("prose", "bench_optimizers", "bench_trainer")
 BLOCKS = [f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->\n" for name in NAMES]
 RECORDS_BLOCKS = [BLOCKS[0].replace("prose", name) for name in ("leaderboard", "prose_groups")]
 DOCS_BLOCKS = [block.replace("prose", name) for name in ("polar", "parity") for block in BLOCKS[:1]]
-FAMILY_BLOCKS = [BLOCKS[0].replace("prose", name)
-                 for name in ("family", "fp8", "gluon", "gpus", "resumed")]
-BENCH_BLOCKS = [BLOCKS[0].replace("prose", name)
-                for name in ("slot", "trainer", "ranks", "growth", "kernels")]
+FAMILY_BLOCKS = [
+    BLOCKS[0].replace("prose", name) for name in ("family", "fp8", "gluon", "gpus", "resumed")
+]
+BENCH_BLOCKS = [
+    BLOCKS[0].replace("prose", name) for name in ("slot", "trainer", "ranks", "growth", "kernels")
+]
 SCRIPT = 'print(f"step:{step}/{steps} val_loss:{loss}")\n'
 
 
 def write_log(root: Path, name: str, optimizer: str, seed: int, end: bool = True) -> None:
     config = {"target": 3.42, "batch_tokens": 131072}
-    meta = {"format": 1, "optimizer": optimizer, "seed": seed, "world_size": 1,
-            "device": "NVIDIA H200", "config": config}
+    meta = {
+        "format": 1,
+        "optimizer": optimizer,
+        "seed": seed,
+        "world_size": 1,
+        "device": "NVIDIA H200",
+        "config": config,
+    }
     gain = 0.01 * seed + (0.02 if optimizer == "aurora" else 0.0)
-    lines = [SCRIPT + RULE, "meta: " + json.dumps(meta), RULE,
-             "step:0/1200 val_loss:10.82584 train_time:0.000s step_avg:nanms"]
+    lines = [
+        SCRIPT + RULE,
+        "meta: " + json.dumps(meta),
+        RULE,
+        "step:0/1200 val_loss:10.82584 train_time:0.000s step_avg:nanms",
+    ]
     for step in range(125, 1201 if end else 400, 25):
         loss = 3.0 + 20 / step**0.5 * 0.7 - gain
         seconds = 0.4 * step
-        lines.append(f"step:{step}/1200 val_loss:{loss:.5f} train_time:{seconds:.3f}s "
-                     "step_avg:400.00ms")
+        lines.append(
+            f"step:{step}/1200 val_loss:{loss:.5f} train_time:{seconds:.3f}s step_avg:400.00ms"
+        )
     if end:
-        lines += ['target: {"loss": 3.42, "step": 1125, "crossing_step": 1108.25}',
-                  'end: {"status": "complete"}']
+        lines += [
+            'target: {"loss": 3.42, "step": 1125, "crossing_step": 1108.25}',
+            'end: {"status": "complete"}',
+        ]
     (root / "records/prose" / name).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
@@ -90,9 +105,19 @@ def test_one_row_per_log_in_a_fixed_order(root: Path) -> None:
     main([], root)
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table(root, "prose")]
     assert [(row[0], row[2]) for row in rows[2:]] == [("Aurora", "1"), ("Muon", "1"), ("Muon", "2")]
-    assert rows[2][1:] == ["1 x H200", "1", "3.85544", "3.69296", "3.59610", "3.37415 (1200)",
-                           "975 (968.0) to 3.42", "480.000", "400.00", "327,680",
-                           "[log](records/prose/b.txt)"]
+    assert rows[2][1:] == [
+        "1 x H200",
+        "1",
+        "3.85544",
+        "3.69296",
+        "3.59610",
+        "3.37415 (1200)",
+        "975 (968.0) to 3.42",
+        "480.000",
+        "400.00",
+        "327,680",
+        "[log](records/prose/b.txt)",
+    ]
     assert rows[3][5:8] == ["-", "3.71296 (375), crashed", "3.42 not reached"]
     assert len({len(row) for row in rows}) == 1
 
@@ -119,7 +144,9 @@ def test_prose_runs_that_differ_in_their_seeds_only_are_one_row(
     lines = table(root, "prose_groups", "records/README.md")
     rows = [line.strip("| ").split(" | ") for line in lines]
     assert [row[:5] for row in rows[2:]] == [
-        ["Aurora", "2", "1, 2", "3.36915", "0.00707"], ["Muon", "1", "1", "3.39415", "-"]]
+        ["Aurora", "2", "1, 2", "3.36915", "0.00707"],
+        ["Muon", "1", "1", "3.39415", "-"],
+    ]
     write_log(root, "e.txt", "aurora", 2)
     message = failure([], root, capsys)
     assert message.startswith("records/prose: Aurora has seeds [1, 2, 2], expected each once")
@@ -139,14 +166,28 @@ def test_the_picture_is_small_and_the_same_every_time(root: Path) -> None:
 def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
     origin = {"torch": "2.11.0", "commit": "0123456789ab", "command": "python tools/bench.py"}
     rows = [{"name": "aurora", "ms": 12.3, "rms_sigma": 0.0028}, {"name": "muon", "ms": 9.87}]
-    write_bench(root, "optimizers", [
-        {"bench": "optimizers", "device": "NVIDIA H200", "rows": [{"name": "old"}]} | origin,
-        {"bench": "optimizers", "device": "cpu", "rows": rows[1:]} | origin,
-        {"bench": "optimizers", "device": "NVIDIA H200", "rows": rows} | origin])
-    kind = {"bench": "trainer", "preset": "prose", "device": "NVIDIA H200", "optimizer": "aurora",
-            "batch_tokens": 131072} | origin
-    write_bench(root, "trainer", [kind | {"gpus": n, "tokens_per_s": 456000.4 * n} for n in (8, 1)]
-                + [kind | {"gpus": 1, "bench": "growth", "expansion": 4, "width": 768}])
+    write_bench(
+        root,
+        "optimizers",
+        [
+            {"bench": "optimizers", "device": "NVIDIA H200", "rows": [{"name": "old"}]} | origin,
+            {"bench": "optimizers", "device": "cpu", "rows": rows[1:]} | origin,
+            {"bench": "optimizers", "device": "NVIDIA H200", "rows": rows} | origin,
+        ],
+    )
+    kind = {
+        "bench": "trainer",
+        "preset": "prose",
+        "device": "NVIDIA H200",
+        "optimizer": "aurora",
+        "batch_tokens": 131072,
+    } | origin
+    write_bench(
+        root,
+        "trainer",
+        [kind | {"gpus": n, "tokens_per_s": 456000.4 * n} for n in (8, 1)]
+        + [kind | {"gpus": 1, "bench": "growth", "expansion": 4, "width": 768}],
+    )
     main([], root)
     assert table(root, "bench_optimizers")[2:] == [
         "| Aurora | 1 x H200 | 12.30 | 0.0028 | - | - |",
@@ -157,40 +198,82 @@ def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
     ]
     assert table(root, "slot", "records/bench/README.md")[-1] == "Made by `python tools/bench.py`."
     assert [row.split(" | ")[1:4] for row in table(root, "bench_trainer")[2:4]] == [
-        ["1 x H200", "-", "456,000"], ["8 x H200", "-", "3,648,003"]]
+        ["1 x H200", "-", "456,000"],
+        ["8 x H200", "-", "3,648,003"],
+    ]
 
 
 def test_the_page_of_measurements_has_scaling_growth_and_kernels(root: Path) -> None:
     page = "records/bench/README.md"
-    kind = {"bench": "trainer", "preset": "track3", "device": "NVIDIA H200", "optimizer": "muon",
-            "torch": "2.11.0", "commit": "0123456789ab", "batch_tokens": 524288}
+    kind = {
+        "bench": "trainer",
+        "preset": "track3",
+        "device": "NVIDIA H200",
+        "optimizer": "muon",
+        "torch": "2.11.0",
+        "commit": "0123456789ab",
+        "batch_tokens": 524288,
+    }
     command = "torchrun --standalone --nproc_per_node={} tools/bench_trainer.py --optimizer muon"
-    ranks = [kind | {"gpus": n, "command": command.format(n), "tokens_per_s": 600000.0 * n**0.9,
-                     "bytes_per_rank": 5e8, "comm_ms": 1.5} for n in (1, 2)]
-    small = kind | {"gpus": 1, "command": "python tools/bench_trainer.py --rows 8",
-                    "microbatch_rows": 8.0, "tokens_per_s": 1.0, "batch_tokens": 8192}
-    grown = kind | {"bench": "growth", "gpus": 1, "command": "c", "expansion": 8, "width": 768,
-                    "optimizer_share": 0.0123}
-    profile = kind | {"gpus": 1, "command": "p --profile 3 --batch-tokens 1", "batch_tokens": 1,
-                      "kernels": [[2.5, 1.0, "norm"], [1.5, 3.0, "gemm"]], "kernels_ms": 12.34,
-                      "tokens_per_s": 1.0}
+    ranks = [
+        kind
+        | {
+            "gpus": n,
+            "command": command.format(n),
+            "tokens_per_s": 600000.0 * n**0.9,
+            "bytes_per_rank": 5e8,
+            "comm_ms": 1.5,
+        }
+        for n in (1, 2)
+    ]
+    small = kind | {
+        "gpus": 1,
+        "command": "python tools/bench_trainer.py --rows 8",
+        "microbatch_rows": 8.0,
+        "tokens_per_s": 1.0,
+        "batch_tokens": 8192,
+    }
+    grown = kind | {
+        "bench": "growth",
+        "gpus": 1,
+        "command": "c",
+        "expansion": 8,
+        "width": 768,
+        "optimizer_share": 0.0123,
+    }
+    profile = kind | {
+        "gpus": 1,
+        "command": "p --profile 3 --batch-tokens 1",
+        "batch_tokens": 1,
+        "kernels": [[2.5, 1.0, "norm"], [1.5, 3.0, "gemm"]],
+        "kernels_ms": 12.34,
+        "tokens_per_s": 1.0,
+    }
     rounded = ranks[0] | {"command": ranks[0]["command"] + " --fp8", "tokens_per_s": 700000.0}
     later = ranks[0] | {"commit": "fedcba987654", "tokens_per_s": 1e6}
     del rounded["bytes_per_rank"]
     write_bench(root, "trainer", [*ranks, rounded, small, grown, profile, later])
     main([], root)
     assert [row.split(" | ")[2:5] for row in table(root, "ranks", page)[2:4]] == [
-        ["524,288", "600,000", "100.0%"], ["524,288", "1,119,640", "93.3%"]]
+        ["524,288", "600,000", "100.0%"],
+        ["524,288", "1,119,640", "93.3%"],
+    ]
     assert table(root, "ranks", page)[3].split(" | ")[7:10] == ["1.50", "500.0", "339.7"]
     assert table(root, "growth", page)[2].split(" | ")[2:8] == ["8", "768", "-", "-", "-", "1.2%"]
     assert table(root, "kernels", page)[0].startswith("Commit 0123456, Muon, 1 x H200: 12.3 ms")
     assert table(root, "kernels", page)[4:6] == ["| 2.50 | 1 | `norm` |", "| 1.50 | 3 | `gemm` |"]
     made = [row.split(" | ")[:5] for row in table(root, "trainer", page) if "| Muon" in row]
     assert sorted((row[0], row[4]) for row in made) == [
-        ("| Muon", "1"), ("| Muon", "1"), ("| Muon", "1,000,000"), ("| Muon", "1,119,640"),
-        ("| Muon, FP8", "700,000")]
+        ("| Muon", "1"),
+        ("| Muon", "1"),
+        ("| Muon", "1,000,000"),
+        ("| Muon", "1,119,640"),
+        ("| Muon, FP8", "700,000"),
+    ]
     assert [row.split(" | ")[1:4] for row in table(root, "bench_trainer")[2:4]] == [
-        ["1 x H200", "-", "1,000,000"], ["2 x H200", "-", "1,119,640"]]
+        ["1 x H200", "-", "1,000,000"],
+        ["2 x H200", "-", "1,119,640"],
+    ]
 
 
 def test_exactness_tables_go_into_the_page_on_optimizers(
@@ -202,18 +285,35 @@ def test_exactness_tables_go_into_the_page_on_optimizers(
     origin = {"device": "cpu", "torch": "2.11.0", "commit": "0123456789ab", "command": "python x"}
     polar = {"bench": "polar", "shape": "8 x 2"} | origin
     parity = {"bench": "parity", "shape": "small"} | origin
-    write_bench(root, "exactness", [
-        polar | {"rows": [{"method": "old", "3": "9"}]},
-        parity | {"rows": [{"optimizer": "adamw", "float64": 1e-15},
-                           {"optimizer": "muon", "float64": 2e-15, "bfloat16": 0.004}]},
-        polar | {"rows": [{"method": "quintic12", "3": "3.8e-03 / 5.0e-03"}]}])
+    write_bench(
+        root,
+        "exactness",
+        [
+            polar | {"rows": [{"method": "old", "3": "9"}]},
+            parity
+            | {
+                "rows": [
+                    {"optimizer": "adamw", "float64": 1e-15},
+                    {"optimizer": "muon", "float64": 2e-15, "bfloat16": 0.004},
+                ]
+            },
+            polar | {"rows": [{"method": "quintic12", "3": "3.8e-03 / 5.0e-03"}]},
+        ],
+    )
     main([], root)
     assert table(root, "polar", page) == [
-        "| method | 3 |", "| --- | --- |", "| quintic12 | 3.8e-03 / 5.0e-03 |", "",
-        "Made by `python x` on cpu (8 x 2, torch 2.11.0, commit 0123456)."]
+        "| method | 3 |",
+        "| --- | --- |",
+        "| quintic12 | 3.8e-03 / 5.0e-03 |",
+        "",
+        "Made by `python x` on cpu (8 x 2, torch 2.11.0, commit 0123456).",
+    ]
     assert table(root, "parity", page)[:4] == [
-        "| optimizer | float64 | bfloat16 |", "| --- | --- | --- |", "| AdamW | 1e-15 | - |",
-        "| Muon | 2e-15 | 0.004 |"]
+        "| optimizer | float64 | bfloat16 |",
+        "| --- | --- | --- |",
+        "| AdamW | 1e-15 | - |",
+        "| Muon | 2e-15 | 0.004 |",
+    ]
     main(["--check"], root)
     text = (root / page).read_text(encoding="utf-8")
     (root / page).write_text(text.replace("0.004", "0.003"), encoding="utf-8")
@@ -236,9 +336,15 @@ def test_check_sees_one_changed_digit(root: Path, capsys: pytest.CaptureFixture[
     assert readme.read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("text", ["no tables", BLOCKS[0] * 2 + "".join(BLOCKS[1:]),
-                                  "".join(BLOCKS[:2]) + "<!-- table:bench_trainer -->\n",
-                                  "".join(BLOCKS).replace("bench_trainer", "bench_trainers")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no tables",
+        BLOCKS[0] * 2 + "".join(BLOCKS[1:]),
+        "".join(BLOCKS[:2]) + "<!-- table:bench_trainer -->\n",
+        "".join(BLOCKS).replace("bench_trainer", "bench_trainers"),
+    ],
+)
 def test_every_table_needs_one_pair_of_markers(
     root: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,16 +402,20 @@ def test_the_page_on_the_prose_runs_says_what_the_diagnostics_of_the_logs_say() 
         fc = [value for name, value in diag["matrices"].items() if ".fc." in name]
         below = fmean(value["leverage"]["below"][0] for value in fc)
         assert below == pytest.approx(share, abs=5e-4)
-    silent = [{name for name, value in diag["neurons"].items() if value["silent"]}
-              for diag in (muon, aurora)]
+    silent = [
+        {name for name, value in diag["neurons"].items() if value["silent"]}
+        for diag in (muon, aurora)
+    ]
     assert silent == [set(), {"blocks.2.mlp.fc"}]
     assert aurora["neurons"]["blocks.2.mlp.fc"]["silent"] == pytest.approx(1 / 3072, rel=1e-3)
 
 
 def test_the_committed_resumed_runs_go_on_where_the_cut_one_stopped() -> None:
     """Killed on two GPUs after step 375, resumed on one and on two; beside an unbroken one."""
-    cut, one, two = (parse_log(ROOT / f"records/prose/resumed/muon_{name}.txt")
-                     for name in ("2x_cut", "1x_resumed", "2x_resumed"))
+    cut, one, two = (
+        parse_log(ROOT / f"records/prose/resumed/muon_{name}.txt")
+        for name in ("2x_cut", "1x_resumed", "2x_resumed")
+    )
     whole = parse_log(ROOT / "records/prose/family/muon_seed1.txt")
     assert cut.status != "complete" and cut.points[-1].step == 375
     for point in two.points:
@@ -342,8 +452,9 @@ def test_the_committed_runs_agree_for_one_and_eight_gpus_and_with_the_code_befor
     assert_apart(one, before, 0.0099, 0.0020)
 
 
-@pytest.mark.parametrize("optimizer, early, late", [("muon", 0.0015, 0.0012),
-                                                    ("aurora", 0.0065, 0.0030)])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer, early, late", [("muon", 0.0015, 0.0012), ("aurora", 0.0065, 0.0030)]
+)
 def test_the_committed_runs_with_8_bits_lose_what_the_page_says(
     optimizer: str, early: float, late: float
 ) -> None:
@@ -359,8 +470,9 @@ def test_the_committed_runs_with_8_bits_lose_what_the_page_says(
     assert 1.045 < half.seconds_per_step / fp8.seconds_per_step < 1.055
 
 
-@pytest.mark.parametrize("optimizer, early, late", [("muon", 0.0038, 0.0009),
-                                                    ("aurora", 0.0026, 0.0018)])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer, early, late", [("muon", 0.0038, 0.0009), ("aurora", 0.0026, 0.0018)]
+)
 def test_the_committed_runs_with_products_in_gluon_agree_with_those_before(
     optimizer: str, early: float, late: float
 ) -> None:
@@ -374,8 +486,10 @@ def test_the_committed_runs_with_products_in_gluon_agree_with_those_before(
 
 
 def test_the_committed_run_on_eight_went_on_with_four_and_came_back() -> None:
-    whole, four, back = (parse_log(ROOT / f"records/prose/gpus/muon_{name}.txt")
-                         for name in ("8x", "4x_resumed", "8x_resumed"))
+    whole, four, back = (
+        parse_log(ROOT / f"records/prose/gpus/muon_{name}.txt")
+        for name in ("8x", "4x_resumed", "8x_resumed")
+    )
     assert [run.meta["world_size"] for run in (whole, four, back)] == [8, 4, 8]
     assert [run.extra["resumed"][0]["step"] for run in (four, back)] == [375, 500]
     assert four.status != "complete" and four.points[-1].step == 500

@@ -78,7 +78,8 @@ def test_every_optimizer_is_trained_with_every_seed(
     assert [line.split()[1] for line in lines[:8]] == ["start", "end"] * 4  # one after another
     assert "end muon_seed1, exit code 0, " in lines[5] and lines[5].endswith("muon 1 None")
     assert [line.split() for line in lines[8:]] == [
-        [name, "3.10000" if name.endswith("1") else "3.20000"] for name in NAMES]
+        [name, "3.10000" if name.endswith("1") else "3.20000"] for name in NAMES
+    ]
 
 
 def test_each_visible_gpu_has_one_run_at_a_time(
@@ -93,7 +94,9 @@ def test_each_visible_gpu_has_one_run_at_a_time(
     assert sorted(consoles) == ["5", "5", "GPU-7", "GPU-7"]
     starts = [line.split() for line in capsys.readouterr().out.splitlines() if " start " in line]
     assert [words[2:] for words in starts[:2]] == [
-        ["adamw_seed1", "on", "GPU", "5"], ["adamw_seed2", "on", "GPU", "GPU-7"]]
+        ["adamw_seed1", "on", "GPU", "5"],
+        ["adamw_seed2", "on", "GPU", "GPU-7"],
+    ]
     for wrong in ("4", "0"):
         with pytest.raises(SystemExit):
             run_many.main([*BOTH, "--gpus", wrong])
@@ -115,8 +118,9 @@ def test_complete_runs_are_skipped_and_others_are_set_aside_and_trained(
     assert capsys.readouterr().out.count(" start ") == 2
     assert Path("logs/x/muon_seed1.txt.1").read_text() == crashed
     assert Path("logs/x/adamw_seed1.txt").read_text() == kept
-    aside = [f"muon_seed{s}.{kind}.{n}" for s in (1, 2) for kind in ("txt", "console")
-             for n in (1, 2)]  # fmt: skip
+    aside = [
+        f"muon_seed{s}.{kind}.{n}" for s in (1, 2) for kind in ("txt", "console") for n in (1, 2)
+    ]
     assert set(aside) <= set(files()) and len(files()) == 8 + 8
     assert run_many.main(BOTH) == 0
     assert " start " not in capsys.readouterr().out
@@ -147,10 +151,14 @@ def test_a_mistake_in_the_flags_ends_the_queue_at_once(
     assert out.count("failed") == 4 and files() == ["adamw_seed1.console"]
 
 
-@pytest.mark.parametrize("rest, said", [
-    ("--seed 3", "--seed after --"), ("--log=a.txt --trials 2", "--log, --trials after --"),
-    ("--checkpoint run.pt", "write {run} into its name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rest, said",
+    [
+        ("--seed 3", "--seed after --"),
+        ("--log=a.txt --trials 2", "--log, --trials after --"),
+        ("--checkpoint run.pt", "write {run} into its name"),
+    ],
+)
 def test_flags_that_runs_cannot_share_are_refused(
     stub: Path, capsys: pytest.CaptureFixture, rest: str, said: str
 ) -> None:
@@ -168,14 +176,17 @@ def test_an_interrupt_ends_all_children(
     stub: Path, tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture
 ) -> None:
     """Sent to the parent alone, as kill does it; what was trained stays, the rest runs again."""
-    program = (f"import sys; sys.path.append({str(ROOT / 'tools')!r}); import run_many, torch; "
-               f"from pathlib import Path; run_many.TRAINER = Path({str(stub)!r}); "
-               "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-               "torch.cuda.device_count = lambda: 2; "
-               f"sys.exit(run_many.main({BOTH!r}))")  # fmt: skip
+    program = (
+        f"import sys; sys.path.append({str(ROOT / 'tools')!r}); import run_many, torch; "
+        f"from pathlib import Path; run_many.TRAINER = Path({str(stub)!r}); "
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "torch.cuda.device_count = lambda: 2; "
+        f"sys.exit(run_many.main({BOTH!r}))"
+    )
     env = os.environ | {"BEHAVIOUR": "hang"}  # above: jobs of a shell's background ignore SIGINT
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=env,
-                              stdout=subprocess.PIPE, text=True)  # fmt: skip
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
+    )
     logs = [Path("logs/x/adamw_seed1.txt"), Path("logs/x/adamw_seed2.txt")]
     deadline = time.monotonic() + 60
     while not all(log.is_file() and "val_loss" in log.read_text()[-90:] for log in logs):

@@ -18,8 +18,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("run.sh", "train_gpt.py", "requirements.txt", "pyproject.toml", "tools/setup.sh",
-          "data/*.py", "kernels/*.py", "optimizers/*.py")
+NEEDED = (
+    "run.sh",
+    "train_gpt.py",
+    "requirements.txt",
+    "pyproject.toml",
+    "tools/setup.sh",
+    "data/*.py",
+    "kernels/*.py",
+    "optimizers/*.py",
+)
 CALL = 'import sys; open("calls", "a").write(" ".join([{name!r}, *sys.argv[1:]]) + "\\n")\n'
 TRAINER = """
 from types import SimpleNamespace
@@ -66,17 +74,29 @@ class Checkout:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
         packages = ".venv/lib/python{}.{}/site-packages".format(*sys.version_info)
-        script(self.bin / "python3",
-               PYTHON.format(real=f"'{sys.executable}'", flags=flags, packages=packages))
+        script(
+            self.bin / "python3",
+            PYTHON.format(real=f"'{sys.executable}'", flags=flags, packages=packages),
+        )
         script(self.bin / "nvidia-smi", "#!/bin/sh\nexit 9\n")
-        self.env = {"PATH": f"{self.bin}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
-                    "HF_ENDPOINT": "http://127.0.0.1:9", "HOME": str(folder),
-                    "OMP_NUM_THREADS": "1"}
+        self.env = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HOME": str(folder),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def start(self, *command: object) -> subprocess.Popen:
-        return subprocess.Popen(list(map(str, command)), cwd=self.root.parent, env=self.env,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            list(map(str, command)),
+            cwd=self.root.parent,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+        )
 
     def run(self, *arguments: object) -> tuple[int, str, str]:
         process = self.start(self.root / "run.sh", *arguments)
@@ -136,7 +156,8 @@ def test_one_command_trains_where_there_is_no_gpu_and_can_be_repeated(checkout: 
     trainer.write_text(trainer.read_text().replace("sample_tokens=400", "sample_tokens=20"))
     for run in (1, 2):
         code, out, err = checkout.run(
-            "--steps", 3, "--batch-tokens", 1024, "--val-tokens", 1024, "--rows", 1)
+            "--steps", 3, "--batch-tokens", 1024, "--val-tokens", 1024, "--rows", 1
+        )
         assert code == 0, err
         assert "No usable GPU" in err and "embedded default" in err
         assert len(re.findall(r"step:\d/3 val_loss:\d", out)) >= 2
@@ -168,7 +189,8 @@ def test_the_largest_of_2_4_8_gpus_that_is_there_is_used(checkout, gpus: int, us
     assert code == 0 and f"training on {used} of {gpus} GPUs" in err
     assert checkout.calls() == [
         "fineweb 18 --offline",
-        f"torchrun --standalone --nproc_per_node={used} -- train_gpt.py --log my log"]
+        f"torchrun --standalone --nproc_per_node={used} -- train_gpt.py --log my log",
+    ]
 
 
 def test_one_gpu_needs_no_torchrun(checkout: Checkout) -> None:
@@ -186,22 +208,34 @@ def test_the_exit_code_is_the_trainers(checkout: Checkout) -> None:
     assert checkout.stub().run("fail")[0] == 7
 
 
-@pytest.mark.parametrize("arguments, calls", [
-    ("--preset demo", ["embedded", "train --preset demo"]),
-    ("--preset prose", ["torchrun --standalone --nproc_per_node=8 -- train_gpt.py --preset prose"]),
-    ("--preset=prose", ["torchrun --standalone --nproc_per_node=8 -- train_gpt.py --preset=prose"]),
-    ("--data=x", ["torchrun --standalone --nproc_per_node=8 -- train_gpt.py --data=x"]),
-])
+@pytest.mark.parametrize(
+    "arguments, calls",
+    [
+        ("--preset demo", ["embedded", "train --preset demo"]),
+        (
+            "--preset prose",
+            ["torchrun --standalone --nproc_per_node=8 -- train_gpt.py --preset prose"],
+        ),
+        (
+            "--preset=prose",
+            ["torchrun --standalone --nproc_per_node=8 -- train_gpt.py --preset=prose"],
+        ),
+        ("--data=x", ["torchrun --standalone --nproc_per_node=8 -- train_gpt.py --data=x"]),
+    ],
+)
 def test_a_chosen_preset_or_folder_stays_on_gpus(checkout, arguments: str, calls: list) -> None:
     assert checkout.stub(8).run(*arguments.split())[0] == 0
     assert checkout.calls() == calls
 
 
-@pytest.mark.parametrize("arguments, calls", [
-    ("--preset track3", ["fineweb 18 --offline", "train --preset track3"]),
-    ("--data x", ["train --data x"]),
-    ("--preset demo --data x", ["train --preset demo --data x"]),
-])
+@pytest.mark.parametrize(
+    "arguments, calls",
+    [
+        ("--preset track3", ["fineweb 18 --offline", "train --preset track3"]),
+        ("--data x", ["train --data x"]),
+        ("--preset demo --data x", ["train --preset demo --data x"]),
+    ],
+)
 def test_a_chosen_preset_or_folder_stays_without_gpu(checkout, arguments: str, calls: list) -> None:
     assert checkout.stub().run(*arguments.split())[0] == 0
     assert checkout.calls() == calls
@@ -296,18 +330,27 @@ def test_a_torch_that_is_there_is_not_installed_again(checkout: Checkout) -> Non
     checkout.stub()
     with open(checkout.root / "requirements.txt", "a") as file:
         file.write("not-there>=1\n")
-    process = checkout.start("bash", "-c", "cd a*; . tools/setup.sh; setup torch; echo $python; "
-                             "setup 'torch|not-there'; echo $python")
+    process = checkout.start(
+        "bash",
+        "-c",
+        "cd a*; . tools/setup.sh; setup torch; echo $python; setup 'torch|not-there'; echo $python",
+    )
     assert process.communicate(timeout=100)[0].split() == ["python3", ".venv/bin/python"]
     assert re.search(r"/dev/stdin numpy\S* .* not-there>=1 $", checkout.calls()[0])
     outer = next(checkout.root.glob(".venv/lib/*/site-packages/outer.pth")).read_text().split()
     assert any(Path(folder, "torch").is_dir() for folder in outer)
 
 
-@pytest.mark.parametrize("requirement, fulfilled", [
-    ("pytest>=1", True), ("pytest>=1,<999", True), ("pytest>=999", False), ("pytest>=1,<2", False),
-    ("not-there>=1", False),
-])
+@pytest.mark.parametrize(
+    "requirement, fulfilled",
+    [
+        ("pytest>=1", True),
+        ("pytest>=1,<999", True),
+        ("pytest>=999", False),
+        ("pytest>=1,<2", False),
+        ("not-there>=1", False),
+    ],
+)
 def test_versions_are_compared(checkout: Checkout, requirement: str, fulfilled: bool) -> None:
     process = checkout.start("bash", "-c", f"cd a*; . tools/setup.sh; has '{requirement}'")
     process.communicate(timeout=100)

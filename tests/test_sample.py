@@ -138,13 +138,15 @@ def test_what_is_not_a_checkpoint_is_one_sentence(
     write_checkpoint(good := tmp_path / "good.pt")
     saved = torch.load(good, weights_only=True)
     spoilt = dict(
-        missing=None, text=b"no checkpoint", cut=good.read_bytes()[:3000],
+        missing=None,
+        text=b"no checkpoint",
+        cut=good.read_bytes()[:3000],
         weights={"config": saved["config"], "model": {}},
         settings={"config": {"layers": 2}, "model": saved["model"]},
         shape={**saved, "config": saved["config"] | {"width": 64}},
         vocabulary={**saved, "config": saved["config"] | {"vocab_size": 300}},
         nothing={"config": saved["config"]},
-    )  # fmt: skip
+    )
     for name, content in spoilt.items():
         path = tmp_path / f"{name}.pt"
         if isinstance(content, bytes):

@@ -15,24 +15,38 @@ LOSSES = {1: 3.2771, 2: 3.2799, 3: 3.2783}
 def write_log(path: Path, seed: int, loss: float, pace: float = 0.4, **changes: object) -> None:
     """Of a run that crosses 3.28 half-way between its validations at 100 and 200 steps."""
     path.parent.mkdir(exist_ok=True)
-    config = {"optimizer": "muon", "seed": seed, "steps": 300, "target": 3.28, "log": f"{path}",
-              "batch_tokens": 524288} | changes
-    meta = {"format": 1, "optimizer": config["optimizer"], "seed": seed, "config": config,
-            "world_size": 1, "device": config.pop("gpu", "NVIDIA H200"), "torch": "2.11.0"}
+    config = {
+        "optimizer": "muon",
+        "seed": seed,
+        "steps": 300,
+        "target": 3.28,
+        "log": f"{path}",
+        "batch_tokens": 524288,
+    } | changes
+    meta = {
+        "format": 1,
+        "optimizer": config["optimizer"],
+        "seed": seed,
+        "config": config,
+        "world_size": 1,
+        "device": config.pop("gpu", "NVIDIA H200"),
+        "torch": "2.11.0",
+    }
     groups = [{"name": "fc", "lr": config.pop("lr", 0.025), "weight_decay": 0.05}]
     lines = [f"print('=')\n{RULE}", f"meta: {json.dumps(meta)}", RULE]
     for step, value in ((0, 10.82584), (100, 3.28 + 0.01), (200, 3.28 - 0.01), (300, loss)):
         average = f"{1000 * pace:.2f}" if step else "nan"
-        lines.append(f"step:{step}/300 val_loss:{value:.5f} train_time:{pace * step:.3f}s "
-                     f"step_avg:{average}ms")
-    lines += [f'optim: {json.dumps({"step": 1, "groups": groups})}', 'end: {"status": "complete"}']
+        lines.append(
+            f"step:{step}/300 val_loss:{value:.5f} train_time:{pace * step:.3f}s "
+            f"step_avg:{average}ms"
+        )
+    lines += [f"optim: {json.dumps({'step': 1, 'groups': groups})}", 'end: {"status": "complete"}']
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Group a has seeds 1 to 3, group b the same with losses 0.01 lower and another learning rate.
-    """
+    """Group a has seeds 1 to 3; b has the same seeds, losses 0.01 lower, another learning rate."""
     for seed, loss in LOSSES.items():
         write_log(tmp_path / f"a/{seed}.txt", seed, loss)
         write_log(tmp_path / f"b/{seed}.txt", seed, loss - 0.01, pace=0.3, lr=0.03)
@@ -49,8 +63,11 @@ def tables(text: str) -> list[list[dict[str, str]]]:
     """Each Markdown table as rows of cells by their title."""
     found = []
     for block in text.split("\n\n"):
-        rows = [[cell.strip() for cell in line.strip("|").split(" | ")]
-                for line in block.splitlines() if line.startswith("| ")]
+        rows = [
+            [cell.strip() for cell in line.strip("|").split(" | ")]
+            for line in block.splitlines()
+            if line.startswith("| ")
+        ]
         if rows:
             found.append([dict(zip(rows[0], row, strict=True)) for row in rows[2:]])
     return found
@@ -72,10 +89,19 @@ def test_show_lists_every_run_with_what_it_used(
     (rows,) = tables(output(capsys, "show", "a", "--markdown"))
     assert [row["seed"] for row in rows] == ["1", "2", "3"]
     assert rows[0] == {
-        "run": "1", "status": "complete", "step": "300/300", "final loss": "3.27710",
-        "best loss (step)": "3.27000 (200)", "step at 3.28 (interpolated)": "200 (150.0)",
-        "seconds to 3.28": "60.000", "ms per step": "400.00", "tokens/s": "1,310,720",
-        "hardware": "1 x H200", "optimizer": "muon", "seed": "1"}
+        "run": "1",
+        "status": "complete",
+        "step": "300/300",
+        "final loss": "3.27710",
+        "best loss (step)": "3.27000 (200)",
+        "step at 3.28 (interpolated)": "200 (150.0)",
+        "seconds to 3.28": "60.000",
+        "ms per step": "400.00",
+        "tokens/s": "1,310,720",
+        "hardware": "1 x H200",
+        "optimizer": "muon",
+        "seed": "1",
+    }
 
 
 def test_a_terminal_shows_the_same_cells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,14 +111,18 @@ def test_a_terminal_shows_the_same_cells(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_the_leaderboard_prints_both_numbers_where_they_differ(
-    capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = output(capsys, "show", "track_3", "--markdown")
     rows = tables(text)[0]
     assert [row["entry"] for row in rows] == [str(number) for number in range(1, 47)]
     means = {row["entry"]: row["mean loss"] for row in rows if "claimed" in row["mean loss"]}
-    assert means == {"6": "3.27893, claimed 3.2788", "8": "3.27798, claimed 3.2778",
-                     "17": "3.27884, claimed 3.2789", "41": "3.27912, claimed 3.2790"}
+    assert means == {
+        "6": "3.27893, claimed 3.2788",
+        "8": "3.27798, claimed 3.2778",
+        "17": "3.27884, claimed 3.2789",
+        "41": "3.27912, claimed 3.2790",
+    }
     assert [row["entry"] for row in rows if "claimed" in row["n"]] == ["41"]
     assert [row["entry"] for row in rows if row["rule"] == "fails"] == ["1", "2", "3", "41"]
     assert "track_3#41: its README lists 20 losses at step 2875 without logs: mean 3.27901" in text
@@ -130,7 +160,8 @@ def test_one_shared_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     losses = tables(output(capsys, "compare", "a", "track_3#36", "--step", "0", "--markdown"))[0]
     assert [row["mean loss"] for row in losses] == ["10.82584", "10.82584"]
     assert "a: 1 has no validation at step 3250" in failure(
-        capsys, "compare", "a", "track_3#36", "--step", "3250")
+        capsys, "compare", "a", "track_3#36", "--step", "3250"
+    )
     losses = tables(output(capsys, "compare", "a", "track_3#36", "--markdown"))[0]
     assert [row["step"] for row in losses] == ["300", "3250"]
 
@@ -172,8 +203,14 @@ def test_hardware_and_settings_that_differ_are_listed(
     assert "the runs differ in one thing: fc.lr 0.025 (a), 0.03 (b)" in text
     assert "hardware" not in text
     for seed, loss in LOSSES.items():
-        write_log(folder / f"b/{seed}.txt", seed, loss - 0.01, lr=0.03, optimizer="aurora",
-                  gpu="NVIDIA H100")
+        write_log(
+            folder / f"b/{seed}.txt",
+            seed,
+            loss - 0.01,
+            lr=0.03,
+            optimizer="aurora",
+            gpu="NVIDIA H100",
+        )
     text = output(capsys, "compare", "a", "b")
     assert "differ in 2 things: optimizer muon (a), aurora (b); fc.lr 0.025 (a), 0.03 (b)" in text
     assert "hardware differs, seconds do not compare: a on 1 x H200; b on 1 x H100" in text
@@ -193,7 +230,8 @@ def test_bad_input_is_one_sentence(
     (folder / "none.txt").write_text("exit_code=1\n", encoding="utf-8")
     write_log(folder / "c/1.txt", 1, 3.2, target=3.42)
     for argument, found in (
-        ("empty", "found no *.txt or *.log in empty, expected"), ("x", "found nothing at x, "),
+        ("empty", "found no *.txt or *.log in empty, expected"),
+        ("x", "found nothing at x, "),
         ("none.txt", "none.txt line 2: found the end without a validation, expected"),
         ("track_3#47", "found no entry track_3#47, expected track_3#1 to track_3#46"),
         ("c", "found mixed targets: 3.28 (a/1), 3.42 (c/1), expected one"),
@@ -253,13 +291,19 @@ def test_a_run_below_the_target_from_the_start_reaches_it(
     assert crossings[0]["runs that reach 11"] == "3 of 3" and "steps to it" not in crossings[0]
 
 
-@pytest.mark.parametrize(("argv", "found"), [
-    (["compare", "a", "--target", "nan"], "found --target nan, expected a loss"),
-    (["show", "a", "--target", "inf"], "found --target inf, expected a loss"),
-    (["show", ""], "found an empty name, expected a log"),
-    (["show", "track_3", "a"], "found track_3, expected one of its entries here; write track_3#"),
-    (["compare", "track_3"], "found track_3, expected one of its entries here; write track_3#"),
-])
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["compare", "a", "--target", "nan"], "found --target nan, expected a loss"),
+        (["show", "a", "--target", "inf"], "found --target inf, expected a loss"),
+        (["show", ""], "found an empty name, expected a log"),
+        (
+            ["show", "track_3", "a"],
+            "found track_3, expected one of its entries here; write track_3#",
+        ),
+        (["compare", "track_3"], "found track_3, expected one of its entries here; write track_3#"),
+    ],
+)
 def test_arguments_that_mean_nothing_are_refused(
     folder: Path, argv: list[str], found: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,9 +316,13 @@ def test_all_settings_are_read_back_under_names_of_their_own(
 ) -> None:
     """Only lr, wd and momentum were printed, and runs of two folders had the same name."""
     path = folder / "a/1.txt"
-    path.write_text(path.read_text().replace(
-        '"weight_decay": 0.05', '"weight_decay": 0.05, "betas": [0.8, 0.95], "polar": "gram", '
-        '"rounds": 2, "exponent": 0.5, "foreach": null, "fused": true'))
+    path.write_text(
+        path.read_text().replace(
+            '"weight_decay": 0.05',
+            '"weight_decay": 0.05, "betas": [0.8, 0.95], "polar": "gram", '
+            '"rounds": 2, "exponent": 0.5, "foreach": null, "fused": true',
+        )
+    )
     text = output(capsys, "show", "a")
     assert "of 1: fc lr 0.025 wd 0.05 betas [0.8,0.95] polar gram rounds 2 exponent 0.5\n" in text
     (folder / "both").mkdir()

@@ -37,11 +37,12 @@ def tensor(*shape: int, seed: int) -> Tensor:
 def new_groups() -> list[dict]:
     return [
         dict(
-            name=name, neuron_axis=AXES[name],
+            name=name,
+            neuron_axis=AXES[name],
             params=[torch.nn.Parameter(tensor(*s, seed=i)) for i, s in enumerate(shapes)],
         )
         for name, shapes in SHAPES.items()
-    ]  # fmt: skip
+    ]
 
 
 def parameters(opt: torch.optim.Optimizer) -> list[Tensor]:
@@ -86,10 +87,12 @@ def run(kind: type, rank: int, size: int, reduce: bool, **more: Any) -> dict[str
         untouched &= all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     shapes = [(b.params[0].shape, b.owned) for b in opt._buckets]
     return dict(
-        weights=[p.detach().clone() for p in parameters(opt)], untouched=untouched, owned=shapes,
+        weights=[p.detach().clone() for p in parameters(opt)],
+        untouched=untouched,
+        owned=shapes,
         seen=getattr(opt, "seen", None),
         state=sum(t.numel() for b in opt._buckets for t in b.state.values()),
-    )  # fmt: skip
+    )
 
 
 def scenario(rank: int, size: int, reduce: bool) -> dict[str, Any]:
@@ -695,8 +698,10 @@ def test_a_step_needs_memory_for_one_part(
     Eager float32 needs some copies of a part: here a bucket is 16 parts, all gradients are 32.
     1% is for what has one number a row or a matrix: gram6 scales each matrix, Aurora each row.
     """
-    params = [[torch.nn.Parameter(torch.ones(*shape)) for _ in range(16)]
-              for shape in ((256, 64), (64, 256))]  # fmt: skip
+    params = [
+        [torch.nn.Parameter(torch.ones(*shape)) for _ in range(16)]
+        for shape in ((256, 64), (64, 256))
+    ]
     precise = dict(dtype=torch.float32) if "dtype" in OPTIMIZERS[name].defaults else {}
     opt = OPTIMIZERS[name]([dict(params=some) for some in params], **precise)
     part = 256 * 64 * 4

@@ -31,11 +31,12 @@ def tensor(*shape: int, seed: int) -> Tensor:
 def build(name: str, shapes: dict = SHAPES, **how: Any) -> MatrixOptimizer:
     groups = [
         dict(
-            name=group, neuron_axis=AXES[group],
+            name=group,
+            neuron_axis=AXES[group],
             params=[nn.Parameter(tensor(*s, seed=i)) for i, s in enumerate(some)],
         )
         for group, some in shapes.items()
-    ]  # fmt: skip
+    ]
     return OPTIMIZERS[name](groups, reduce=False, **how)
 
 
@@ -123,8 +124,9 @@ def test_a_state_of_four_ranks_continues_bit_for_bit_on_any_number(
     for name in OPTIMIZERS:
         for part in ("weights", "state", "end", "end_state"):
             assert same(found[name][part], expected[name][part]), (name, part)
-        moved = [(a - b).norm() for a, b in zip(found[name]["end"], found[name]["weights"],
-                                                strict=True)]  # fmt: skip
+        moved = [
+            (a - b).norm() for a, b in zip(found[name]["end"], found[name]["weights"], strict=True)
+        ]
         assert min(moved) > 0.01
 
 
@@ -278,13 +280,23 @@ def test_muon_and_aurora_have_the_same_state_and_may_exchange_it() -> None:
 
 
 VALUES = [
-    ("muon", dict(lr=-0.1)), ("muon", dict(lr=float("nan"))), ("muon", dict(lr="0.1")),
-    ("muon", dict(weight_decay=-1.0)), ("muon", dict(momentum=1.0)), ("muon", dict(polar="nope")),
-    ("normuon", dict(beta2=1.0)), ("adamw", dict(beta1=-0.1)), ("adamw", dict(eps=-1e-8)),
-    ("aurora", dict(rounds=0)), ("aurora", dict(rounds=1.5)), ("aurora", dict(balance="none")),
-    ("aurora", dict(neuron_axis=2)), ("riemannian", dict(climbs=0)),
-    ("riemannian", dict(cg_steps=-1)), ("riemannian", dict(step_size=float("inf"))),
-]  # fmt: skip
+    ("muon", dict(lr=-0.1)),
+    ("muon", dict(lr=float("nan"))),
+    ("muon", dict(lr="0.1")),
+    ("muon", dict(weight_decay=-1.0)),
+    ("muon", dict(momentum=1.0)),
+    ("muon", dict(polar="nope")),
+    ("normuon", dict(beta2=1.0)),
+    ("adamw", dict(beta1=-0.1)),
+    ("adamw", dict(eps=-1e-8)),
+    ("aurora", dict(rounds=0)),
+    ("aurora", dict(rounds=1.5)),
+    ("aurora", dict(balance="none")),
+    ("aurora", dict(neuron_axis=2)),
+    ("riemannian", dict(climbs=0)),
+    ("riemannian", dict(cg_steps=-1)),
+    ("riemannian", dict(step_size=float("inf"))),
+]
 
 
 @pytest.mark.parametrize("where", ["constructor", "first group", "later group"])
@@ -365,8 +377,11 @@ def test_under_ddp_two_ranks_train_as_one_process_on_the_joint_batch(
     They may be views of its buffers (gradient_as_bucket_view): the slot only reads them.
     """
     torch.manual_seed(0)
-    start = [p.detach() for p in nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 6))
-             .parameters() if p.ndim == 2]  # fmt: skip
+    start = [
+        p.detach()
+        for p in nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 6)).parameters()
+        if p.ndim == 2
+    ]
     alone = trained(0, 1)
     first, second = on_ranks(2, trained, tmp_path, view, seconds=90)
     for name in OPTIMIZERS:

@@ -26,10 +26,15 @@ def test_the_summary_is_student_s_interval() -> None:
     assert summary([3.0])[:2] == (1, 3.0) and all(isnan(x) for x in summary([3.0])[2:])
 
 
-@pytest.mark.parametrize(("mean", "n", "statistic", "passes"), [
-    (3.276, 1, 0.004, True), (3.278, 4, 0.004, True),  # boundaries that the README calls a pass
-    (3.27601, 1, 0.00399, False), (3.27801, 4, 0.00398, False),
-])
+@pytest.mark.parametrize(
+    ("mean", "n", "statistic", "passes"),
+    [
+        (3.276, 1, 0.004, True),
+        (3.278, 4, 0.004, True),  # boundaries that the README calls a pass
+        (3.27601, 1, 0.00399, False),
+        (3.27801, 4, 0.00398, False),
+    ],
+)
 def test_the_precision_rule_at_its_boundary(
     mean: float, n: int, statistic: float, passes: bool
 ) -> None:
@@ -37,9 +42,19 @@ def test_the_precision_rule_at_its_boundary(
     assert found.statistic == pytest.approx(statistic, abs=1e-9) and found.passes is passes
 
 
-@pytest.mark.parametrize(("n", "largest"), [(1, 3.27600), (2, 3.27717), (3, 3.27769), (4, 3.27800),
-                                            (5, 3.27821), (13, 3.27889), (16, 3.27900),
-                                            (25, 3.27920)])
+@pytest.mark.parametrize(
+    ("n", "largest"),
+    [
+        (1, 3.27600),
+        (2, 3.27717),
+        (3, 3.27769),
+        (4, 3.27800),
+        (5, 3.27821),
+        (13, 3.27889),
+        (16, 3.27900),
+        (25, 3.27920),
+    ],
+)
 def test_the_largest_mean_that_passes(n: int, largest: float) -> None:
     assert precision([largest] * n).passes and not precision([largest + 1e-5] * n).passes
 
@@ -64,29 +79,39 @@ def test_student_s_t_stands_beside_the_fixed_sigma() -> None:
     found = precision(LOSSES)
     expected = scipy_stats.ttest_1samp(LOSSES, 3.28, alternative="less")
     assert found.p_t == pytest.approx(expected.pvalue) and found.t == pytest.approx(
-        -expected.statistic)
+        -expected.statistic
+    )
 
 
 def test_3_2720_buys_about_156_steps_down_to_3_2790() -> None:
     assert (3.2790 - 3.2720) / LOSS_PER_STEP == pytest.approx(155.6, abs=0.1)
 
 
-@pytest.mark.parametrize(("old", "n_old", "s_old", "new", "n_new", "s_new", "statistic", "p"), [
-    (3.277076, 8, 3250, 3.278541, 16, 3225, -0.00079, 0.73),   # 11 against 9, recomputed means
-    (3.2771, 8, 3250, 3.2785, 16, 3225, -0.00064, 0.69),       # the same as the README rounds them
-    (3.2785, 16, 3225, 3.2785, 10, 3210, 0.00167, 0.099),      # 13 against 11
-    (3.2778, 10, 3250, 3.2785, 10, 3210, 0.00246, 0.029),      # 13 against 8, with the right n
-    (3.2788, 20, 3375, 3.2790, 20, 3325, 0.00648, 3e-7),       # 12 against 6
-    (3.278929, 20, 3375, 3.279047, 20, 3325, 0.00674, 1e-7),   # with the recomputed means
-    (3.277588, 4, 3150, 3.278441, 8, 3125, 0.00044, 0.37),     # 16 against 14 by recomputed means
-    (3.2776, 4, 3150, 3.2784, 8, 3125, 0.00053, 0.34),         # as the table has it
-    (3.2790, 4, 3125, 3.2784, 8, 3125, 0.00098, 0.23),         # at the shared step
-    (3.2784, 16, 2930, 3.2781, 8, 2925, 0.00121, 0.176),       # 34 against 30, rounded means
-    (3.278444, 16, 2930, 3.278128, 8, 2925, 0.00125, 0.168),   # unrounded
-])
+@pytest.mark.parametrize(
+    ("old", "n_old", "s_old", "new", "n_new", "s_new", "statistic", "p"),
+    [
+        (3.277076, 8, 3250, 3.278541, 16, 3225, -0.00079, 0.73),  # 11 against 9, recomputed means
+        (3.2771, 8, 3250, 3.2785, 16, 3225, -0.00064, 0.69),  # the same as the README rounds them
+        (3.2785, 16, 3225, 3.2785, 10, 3210, 0.00167, 0.099),  # 13 against 11
+        (3.2778, 10, 3250, 3.2785, 10, 3210, 0.00246, 0.029),  # 13 against 8, with the right n
+        (3.2788, 20, 3375, 3.2790, 20, 3325, 0.00648, 3e-7),  # 12 against 6
+        (3.278929, 20, 3375, 3.279047, 20, 3325, 0.00674, 1e-7),  # with the recomputed means
+        (3.277588, 4, 3150, 3.278441, 8, 3125, 0.00044, 0.37),  # 16 against 14 by recomputed means
+        (3.2776, 4, 3150, 3.2784, 8, 3125, 0.00053, 0.34),  # as the table has it
+        (3.2790, 4, 3125, 3.2784, 8, 3125, 0.00098, 0.23),  # at the shared step
+        (3.2784, 16, 2930, 3.2781, 8, 2925, 0.00121, 0.176),  # 34 against 30, rounded means
+        (3.278444, 16, 2930, 3.278128, 8, 2925, 0.00125, 0.168),  # unrounded
+    ],
+)
 def test_the_pairwise_rule_on_the_worked_examples(
-    old: float, n_old: int, s_old: int, new: float, n_new: int, s_new: int,
-    statistic: float, p: float,
+    old: float,
+    n_old: int,
+    s_old: int,
+    new: float,
+    n_new: int,
+    s_new: int,
+    statistic: float,
+    p: float,
 ) -> None:
     found = pairwise([old] * n_old, s_old, [new] * n_new, s_new)
     assert found.statistic == pytest.approx(statistic, abs=6e-6)

@@ -24,9 +24,13 @@ def losses(package: Path, *launcher: str) -> list[float]:
     such a run is made again."""
     for _ in range(3):
         done = subprocess.run(
-            [*launcher, str(ROOT / "docs/example.py")], capture_output=True, text=True, timeout=170,
-            env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}, cwd=package,
-        )  # fmt: skip
+            [*launcher, str(ROOT / "docs/example.py")],
+            capture_output=True,
+            text=True,
+            timeout=170,
+            env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+            cwd=package,
+        )
         at_exit = "step 300" in done.stdout and "terminate called without an act" in done.stderr
         if not (done.returncode and at_exit):
             break
@@ -37,8 +41,9 @@ def losses(package: Path, *launcher: str) -> list[float]:
 def test_the_example_learns_on_one_process_and_under_ddp(package: Path) -> None:
     """From ln(10) = 2.30 to below 0.5; with the two matrices frozen it stays above 1.3."""
     alone = losses(package, sys.executable)
-    ddp = losses(package, sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 "--nproc_per_node=2")  # fmt: skip
+    ddp = losses(
+        package, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    )
     for curve in (alone, ddp):
         assert len(curve) == 4 and 2.2 < curve[0] < 2.5 and curve[-1] < 0.5
     assert alone[0] == ddp[0], "rank 0 begins with the same weights and data"
@@ -52,8 +57,10 @@ def test_pip_installs_the_folder_as_aurora_optim(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, source)
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source],
-        capture_output=True, text=True, timeout=170,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     if "No matching distribution found for setuptools" in done.stderr:
         pytest.skip("no network: pip cannot fetch setuptools to build the package")
     assert done.returncode == 0, done.stderr

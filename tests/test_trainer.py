@@ -70,7 +70,8 @@ BAD_FLAGS = {
     "a data folder that is missing": (["--data", "nowhere"], "nowhere, no folder: run .*--data"),
     "an empty data folder": (["--data", "."], "0 training, 0 validation"),
     "too few tokens for the steps": (
-        ["--steps", "31", "--preset", "tiny-no-wrap"], "too few tokens.*30 of 31 steps",
+        ["--steps", "31", "--preset", "tiny-no-wrap"],
+        "too few tokens.*30 of 31 steps",
     ),
     "fewer tokens than one step": (["--batch-tokens", "16384"], "too few tokens.*0 of 4 steps"),
     "too few tokens to validate": (["--val-tokens", "5120"], "5000 of 5121 tokens"),
@@ -80,10 +81,12 @@ BAD_FLAGS = {
     "negative rows": (["--rows", "-2"], "rows is -2, expected 0 or more"),
     "a negative seed": (["--seed", "-1"], "seed is -1, expected 0 or more"),
     "a seed too large for torch": (
-        ["--seed", str(2**63 - 1)], "seed is 9223372036854775807, .*less than 9",
+        ["--seed", str(2**63 - 1)],
+        "seed is 9223372036854775807, .*less than 9",
     ),
     "a last seed too large for torch": (
-        ["--seed", str(2**63 - 3), "--trials", "3"], "less than 9223372036854775805",
+        ["--seed", str(2**63 - 3), "--trials", "3"],
+        "less than 9223372036854775805",
     ),
     "no steps": (["--steps", "0"], "1 or more"),
     "no trials": (["--trials", "0"], "1 or more"),
@@ -104,16 +107,20 @@ BAD_FLAGS = {
     "a negative rate of a matrix": (["--set", "fc.lr=-1"], "lr is -1.0, expected 0 or more"),
     "a beta above 1": (["--set", "head.betas=(2.0,3.0)"], "Invalid beta parameter"),
     "a balance that does not exist": (
-        ["--optimizer", "aurora", "--set", "aurora.balance=all"], "balance.*all.*both",
+        ["--optimizer", "aurora", "--set", "aurora.balance=all"],
+        "balance.*all.*both",
     ),
     "half a round": (
-        ["--optimizer", "aurora", "--set", "aurora.rounds=2.5"], "aurora.rounds=2.5",
+        ["--optimizer", "aurora", "--set", "aurora.rounds=2.5"],
+        "aurora.rounds=2.5",
     ),
     "a polar method that does not exist": (
-        ["--set", "muon.polar=twelve"], "polar.*twelve.*quintic12.*exact",
+        ["--set", "muon.polar=twelve"],
+        "polar.*twelve.*quintic12.*exact",
     ),
     "a log below a file": (["--log", f"{ROOT}/LICENSE/log.txt"], "LICENSE"),
-}  # fmt: skip
+}
+
 
 @pytest.fixture
 def refused(
@@ -150,12 +157,14 @@ BAD_SHARDS = {
     "a shard longer than its header says": (shard_bytes(count=5999), "damaged"),
     "a negative count": (shard_bytes(count=-5), "damaged"),
     "a token beyond the vocabulary": (
-        np.r_[np.zeros(5999), 257].astype(np.uint16), "token id 257, the vocabulary has 257",
+        np.r_[np.zeros(5999), 257].astype(np.uint16),
+        "token id 257, the vocabulary has 257",
     ),
     "a token id that is negative as int16": (
-        np.r_[65535, np.zeros(5999)].astype(np.uint16), "token id 65535",
+        np.r_[65535, np.zeros(5999)].astype(np.uint16),
+        "token id 65535",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -187,10 +196,19 @@ def test_a_refused_script_exits_with_2_and_one_sentence(tmp_path: Path) -> None:
 def test_of_several_ranks_only_the_first_says_what_is_wrong(tmp_path: Path) -> None:
     """torchrun adds lines of its own; ours is there once."""
     code, out, err = in_fresh_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(ROOT / "train_gpt.py"), "--preset", "demo", "--rows", "2", "--data", "nowhere",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train_gpt.py"),
+        "--preset",
+        "demo",
+        "--rows",
+        "2",
+        "--data",
+        "nowhere",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert code != 0
     assert (out + err).count("train_gpt.py: shards of both kinds expected in nowhere") == 1
     assert "exitcode  : 2" in err
@@ -239,9 +257,19 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
 
 def test_flags_have_the_types_of_their_fields() -> None:
     config = parse_config(
-        ["--no-compile", "--wandb", "--lr-scale", "0.5", "--set", "fc.lr=1", "--set", "attn.lr=2",
-         "--log-file", "x.txt"]
-    )  # fmt: skip
+        [
+            "--no-compile",
+            "--wandb",
+            "--lr-scale",
+            "0.5",
+            "--set",
+            "fc.lr=1",
+            "--set",
+            "attn.lr=2",
+            "--log-file",
+            "x.txt",
+        ]
+    )
     assert (config.compile, config.wandb, config.lr_scale) == (False, True, 0.5)
     assert list(config.set) == ["fc.lr=1", "attn.lr=2"] and config.log == "x.txt"
     assert parse_config(["--log", "y.txt"]).log == "y.txt"
@@ -500,9 +528,12 @@ def test_the_crossing_is_interpolated_between_the_points_around_the_target() -> 
     points = [(0, 10.0, 0.0), (100, 4.0, 50.0), (200, 3.0, 90.0)]
     assert crossing(points[:2], 3.25) is None
     assert crossing(points, 3.25) == {
-        "loss": 3.25, "step": 200, "train_time": 90.0, "crossing_step": 175.0,
+        "loss": 3.25,
+        "step": 200,
+        "train_time": 90.0,
+        "crossing_step": 175.0,
         "crossing_time": 80.0,
-    }  # fmt: skip
+    }
 
 
 def test_a_target_that_is_met_exactly_is_reached_there() -> None:
@@ -513,8 +544,11 @@ def test_a_target_that_is_met_exactly_is_reached_there() -> None:
 def test_only_the_first_crossing_counts() -> None:
     points = [(0, 4.0, 0.0), (10, 2.9, 5.0), (20, 3.1, 9.0), (30, 2.8, 14.0)]
     assert [crossing(points[:i], 3.0) is not None for i in (1, 2, 3, 4)] == [
-        False, True, False, False,
-    ]  # fmt: skip
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_target_that_is_not_a_number_is_never_reached() -> None:

@@ -43,8 +43,18 @@ def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train_gpt.PRESETS, "tiny", TINY)
         assert train_gpt.main([*argv, TARGET, "--log", str(folder / "logs/a.txt")]) == 0
-    main(["pack", str(folder / "logs"), "--name", "tiny", "--what", "Nothing changed.",
-          "--out", str(folder / "record")])
+    main(
+        [
+            "pack",
+            str(folder / "logs"),
+            "--name",
+            "tiny",
+            "--what",
+            "Nothing changed.",
+            "--out",
+            str(folder / "record"),
+        ]
+    )
     return folder
 
 
@@ -77,21 +87,32 @@ def test_verify_accepts_what_pack_made(record: Path, capsys: pytest.CaptureFixtu
     main(["verify", str(record)])
     assert capsys.readouterr().out == "verified: record\n"
     names = {path.relative_to(record).as_posix() for path in record.rglob("*") if path.is_file()}
-    assert names == {"README.md", "record.json", "submission.py", "curves.png",
-                     "logs/seed_01.txt", "logs/seed_02.txt", "logs/seed_03.txt"}
+    assert names == {
+        "README.md",
+        "record.json",
+        "submission.py",
+        "curves.png",
+        "logs/seed_01.txt",
+        "logs/seed_02.txt",
+        "logs/seed_03.txt",
+    }
 
 
 def test_the_record_says_what_the_logs_say(record: Path, logs: Path) -> None:
     facts = json.loads((record / "record.json").read_text())
     runs = [parse_log(path) for path in sorted(logs.iterdir())]
-    step = next(point.step for point in runs[0].points
-                if precision([run.loss_at(point.step) for run in runs], 5.52).passes)
+    step = next(
+        point.step
+        for point in runs[0].points
+        if precision([run.loss_at(point.step) for run in runs], 5.52).passes
+    )
     losses = [run.loss_at(step) for run in runs]
     assert 0 < facts["steps"] == step <= 4 and facts["passes"] is True and facts["n"] == 3
     assert facts["mean_loss"] == pytest.approx(sum(losses) / 3, abs=1e-6)
     assert facts["statistic"] == pytest.approx(precision(losses, 5.52).statistic, abs=1e-6)
     assert [log["final_loss"] for log in facts["logs"].values()] == [
-        run.final.val_loss for run in runs]
+        run.final.val_loss for run in runs
+    ]
     for name, run in zip(facts["logs"], runs, strict=True):
         assert (record / name).read_bytes() == run.path.read_bytes()
     readme = (record / "README.md").read_text()
@@ -120,9 +141,7 @@ def test_runs_of_another_size_are_no_record_of_track_3(
     assert message.startswith("name '../tiny': expected --name with lower case letters")
 
 
-def test_an_existing_folder_is_kept(
-    record: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_folder_is_kept(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "pack", "logs", "--name", "tiny", "--out", "record")
     assert message.startswith("record exists already")
 
@@ -164,7 +183,8 @@ def test_a_baseline_with_another_target_is_refused(
     logs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(
-        capsys, "pack", "logs", "--name", "a", "--out", "new", "--baseline", "track_3#36")
+        capsys, "pack", "logs", "--name", "a", "--out", "new", "--baseline", "track_3#36"
+    )
     assert message.startswith("found mixed targets")
 
 
@@ -177,11 +197,13 @@ def test_update_writes_the_pages_again_after_a_change_of_the_program(record: Pat
     main(["pack", str(record), "--update"])
     assert verify_record(record) == []
     assert texts == [
-        (record / name).read_text() for name in ("README.md", "record.json", "submission.py")]
+        (record / name).read_text() for name in ("README.md", "record.json", "submission.py")
+    ]
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"logs": 5}', '{"logs": {}}', "{", "{}", None,
-                                  '{"logs": {"gone.txt": {}}}'])
+@pytest.mark.parametrize(
+    "text", ["[1]", '{"logs": 5}', '{"logs": {}}', "{", "{}", None, '{"logs": {"gone.txt": {}}}']
+)
 def test_update_of_no_record_is_a_sentence(
     text: str | None, record: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,29 +223,40 @@ def test_pack_says_one_log_of_one(tiny: Tiny, capsys: pytest.CaptureFixture[str]
 
 SPOIL = {
     'found meta with seed "x", expected a value of its type': lambda logs: replace(
-        logs / "a.seed2.txt", '"seed": 2, "config"', '"seed": "x", "config"'),
+        logs / "a.seed2.txt", '"seed": 2, "config"', '"seed": "x", "config"'
+    ),
     "seed 1 occurs 2 times": lambda logs: shutil.copy(logs / "a.seed1.txt", logs / "b.txt"),
     "the run is crashed at step 4": lambda logs: replace(logs / "a.seed2.txt", '\nend: {"', "\nX"),
     "is ranks hold different parameters": lambda logs: replace(
-        logs / "a.seed2.txt", 'end: {"status": "complete"',
-        'end: {"status": "ranks hold different parameters"'),
+        logs / "a.seed2.txt",
+        'end: {"status": "complete"',
+        'end: {"status": "ranks hold different parameters"',
+    ),
     "a.seed2.txt: has the losses of another run": lambda logs: (logs / "a.seed2.txt").write_text(
-        (logs / "a.seed1.txt").read_text().replace('"seed": 1, "config"', '"seed": 2, "config"')),
+        (logs / "a.seed1.txt").read_text().replace('"seed": 1, "config"', '"seed": 2, "config"')
+    ),
     "a loss that is not finite": lambda logs: replace(
-        logs / "a.seed2.txt", step_of(logs / "a.seed2.txt").split()[1], "val_loss:nan"),
+        logs / "a.seed2.txt", step_of(logs / "a.seed2.txt").split()[1], "val_loss:nan"
+    ),
     "differ in target": lambda logs: replace(
-        logs / "a.seed2.txt", '"target": 5.52', '"target": 5.53'),
+        logs / "a.seed2.txt", '"target": 5.52', '"target": 5.53'
+    ),
     "differ in lr_scale": lambda logs: replace(
-        logs / "a.seed2.txt", '"lr_scale": 1.0', '"lr_scale": 1.5'),
+        logs / "a.seed2.txt", '"lr_scale": 1.0', '"lr_scale": 1.5'
+    ),
     "differ in hyperparameters": lambda logs: replace(
-        logs / "a.seed2.txt", '"lr": 0.025', '"lr": 0.026'),
+        logs / "a.seed2.txt", '"lr": 0.025', '"lr": 0.026'
+    ),
     "code_sha256 is not the hash": lambda logs: replace(
-        logs / "a.seed2.txt", "import math\n", "import math  # really\n"),
+        logs / "a.seed2.txt", "import math\n", "import math  # really\n"
+    ),
     "went on from a checkpoint": lambda logs: replace(
-        logs / "a.seed2.txt", '\noptim: {', '\nresumed: {"step": 2, "checkpoint": "x"}\noptim: {'),
+        logs / "a.seed2.txt", "\noptim: {", '\nresumed: {"step": 2, "checkpoint": "x"}\noptim: {'
+    ),
     "found no *.txt": lambda logs: [path.unlink() for path in logs.iterdir()],
     "expected one of train_gpt.py": lambda logs: replace(
-        logs / "a.seed1.txt", '"code_sha256"', '"hash"'),
+        logs / "a.seed1.txt", '"code_sha256"', '"hash"'
+    ),
 }
 
 
@@ -251,25 +284,32 @@ DAMAGE = {  # the sentence of verify, and what was done to a record
     "README.md line 29": lambda record: replace(record / "README.md", "| 3 | 5.", "| 3 | 4."),
     "record.json line 9": lambda record: replace(record / "record.json", '"steps": ', '"steps": 1'),
     "record.json line 21": lambda record: replace(
-        record / "record.json", '"final_loss": 5', '"final_loss": 4', 2),
+        record / "record.json", '"final_loss": 5', '"final_loss": 4', 2
+    ),
     "seed_02.txt: missing": lambda record: (record / "logs/seed_02.txt").unlink(),
     "submission.py: missing": lambda record: (record / "submission.py").unlink(),
     "does not name it": lambda record: shutil.copy(
-        record / "logs/seed_02.txt", record / "logs/seed_04.txt"),
+        record / "logs/seed_02.txt", record / "logs/seed_04.txt"
+    ),
     "holds the run of seed 2": swap,
     "seed 1 occurs 2 times": lambda record: shutil.copy(
-        record / "logs/seed_01.txt", record / "logs/seed_02.txt"),
+        record / "logs/seed_01.txt", record / "logs/seed_02.txt"
+    ),
     "the run is crashed": lambda record: replace(
-        record / "logs/seed_02.txt", '\nend: {"', '\nfin: {"'),
-    "found '   \"sha256\": ": lambda record: replace(
-        record / "logs/seed_02.txt", "step:0/4 val_loss:5.54908", "step:0/4 val_loss:5.54909"),
+        record / "logs/seed_02.txt", '\nend: {"', '\nfin: {"'
+    ),
+    'found \'   "sha256": ': lambda record: replace(
+        record / "logs/seed_02.txt", "step:0/4 val_loss:5.54908", "step:0/4 val_loss:5.54909"
+    ),
     "code_sha256 is not": lambda record: replace(
-        record / "logs/seed_02.txt", "import math\n", "import math \n"),
+        record / "logs/seed_02.txt", "import math\n", "import math \n"
+    ),
     "submission.py line": lambda record: replace(record / "submission.py", "0.05", "0.06"),
     "curves_sha256": lambda record: (record / "curves.png").write_bytes(b"\x89PNG"),
     "found no record": lambda record: (record / "record.json").write_text("{"),
     "expected a JSON object": lambda record: replace(
-        record / "logs/seed_02.txt", '\nend: {"', '\nend: ["'),
+        record / "logs/seed_02.txt", '\nend: {"', '\nend: ["'
+    ),
 }
 
 
@@ -297,16 +337,24 @@ def test_verify_reports_every_problem_of_several_records(
         main(["verify", "record", "second", "third"])
     problems = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in problems] == [
-        "record/README.md", "record/submission.py", "second/README.md", "second/submission.py",
-        "third:"]
+        "record/README.md",
+        "record/submission.py",
+        "second/README.md",
+        "second/submission.py",
+        "third:",
+    ]
 
 
 def test_a_link_that_leads_to_nothing_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("[a](page.md) [b](https://example.org) ![c](#d) [e](page.md#f) `[g](h)`\n"
-                    "```\n[i](j)\n```\n[k](gone.md) ![l](gone.png)\n")
+    page.write_text(
+        "[a](page.md) [b](https://example.org) ![c](#d) [e](page.md#f) `[g](h)`\n"
+        "```\n[i](j)\n```\n[k](gone.md) ![l](gone.png)\n"
+    )
     assert verify_page(page, tmp_path) == [
-        f"{page}: the link gone.md leads to nothing", f"{page}: the link gone.png leads to nothing"]
+        f"{page}: the link gone.md leads to nothing",
+        f"{page}: the link gone.png leads to nothing",
+    ]
 
 
 BAD_LOGS = {
@@ -363,8 +411,13 @@ def test_the_leaderboard_has_a_row_for_each_record(root: Path) -> None:
     assert verify_all(root) == []
     row = (root / "records/README.md").read_text().splitlines()[3].strip("| ").split(" | ")
     facts = json.loads((root / "records/track/2026-01-02_tiny/record.json").read_text())
-    assert row[:5] == ["track", f"{facts['steps']}", f"{facts['mean_loss']:.5f}",
-                       f"{facts['sd']:.5f}", "3"]
+    assert row[:5] == [
+        "track",
+        f"{facts['steps']}",
+        f"{facts['mean_loss']:.5f}",
+        f"{facts['sd']:.5f}",
+        "3",
+    ]
     assert row[-1] == "[tiny](track/2026-01-02_tiny/README.md)"
 
 

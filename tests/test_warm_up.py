@@ -17,9 +17,20 @@ from records.log import parse_log
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
-    layers=1, width=64, head_dim=32, row_tokens=32, vocab_size=64, dtype="float32", wrap=True,
-    batch_tokens=512, val_tokens=512, steps=2, val_every=1, target=1.0, device="cpu",
-)  # fmt: skip
+    layers=1,
+    width=64,
+    head_dim=32,
+    row_tokens=32,
+    vocab_size=64,
+    dtype="float32",
+    wrap=True,
+    batch_tokens=512,
+    val_tokens=512,
+    steps=2,
+    val_every=1,
+    target=1.0,
+    device="cpu",
+)
 
 
 @pytest.fixture

@@ -36,12 +36,18 @@ from optimizers import OPTIMIZERS  # noqa: E402
 from optimizers.replay import Replay  # noqa: E402
 
 SHAPES = {  # name: group, shape, matrices, neuron axis
-    "124M": [("attn", (768, 768), 48, None), ("fc", (3072, 768), 12, 0),
-             ("proj", (768, 3072), 12, 1)],
-    "1.1B": [("attn", (2048, 2048), 96, None), ("up", (5504, 2048), 48, 0),
-             ("down", (2048, 5504), 24, 1)],
+    "124M": [
+        ("attn", (768, 768), 48, None),
+        ("fc", (3072, 768), 12, 0),
+        ("proj", (768, 3072), 12, 1),
+    ],
+    "1.1B": [
+        ("attn", (2048, 2048), 96, None),
+        ("up", (5504, 2048), 48, 0),
+        ("down", (2048, 5504), 24, 1),
+    ],
     "tiny": [("attn", (96, 96), 4, None), ("fc", (384, 96), 2, 0), ("proj", (96, 384), 2, 1)],
-}  # fmt: skip
+}
 KINDS = {name: (name, {}) for name in OPTIMIZERS if name != "riemannian"} | {
     f"{name}, quintic12": (name, dict(polar="quintic12")) for name in ("muon", "aurora")
 }
@@ -78,8 +84,10 @@ def spectra(n: int) -> dict[str, Tensor]:
 
 def with_spectrum(m: int, n: int, sigma: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(k, n, generator=generator, dtype=torch.float64))[0]
-            for k in (m, n))  # fmt: skip
+    U, V = (
+        torch.linalg.qr(torch.randn(k, n, generator=generator, dtype=torch.float64))[0]
+        for k in (m, n)
+    )
     return U * sigma @ V.T
 
 
@@ -110,10 +118,15 @@ def exactness(kind: type, how: dict, n: int, device: torch.device, real: dict) -
         grad, group = X.float().to(device)[None], opt.param_groups[0] | dict(neuron_axis=axis)
         return opt.update(grad, opt.init_state(grad), group)[0]
 
-    rms = {name: max(rms_sigma(direction(with_spectrum(m, n, sigma), None)) for m in (4 * n, n))
-           for name, sigma in spectra(n).items()}  # fmt: skip
-    facts = dict(rms_sigma=max(rms["1/i"], rms["100"]), rms_sigma_800=rms["800"],
-                 row_sq_cv=row_sq_cv(direction(uneven_momentum(4 * n, n), 0)))  # fmt: skip
+    rms = {
+        name: max(rms_sigma(direction(with_spectrum(m, n, sigma), None)) for m in (4 * n, n))
+        for name, sigma in spectra(n).items()
+    }
+    facts = dict(
+        rms_sigma=max(rms["1/i"], rms["100"]),
+        rms_sigma_800=rms["800"],
+        row_sq_cv=row_sq_cv(direction(uneven_momentum(4 * n, n), 0)),
+    )
     tall = [X if X.size(0) > X.size(1) else X.T for X in real.values() if X.size(0) != X.size(1)]
     if tall:
         facts["real_sq_cv"] = max(row_sq_cv(direction(X, 0)) for X in tall)
@@ -145,8 +158,9 @@ def timing(opt: torch.optim.Optimizer, device: torch.device, repeats: int) -> di
             group["lr"] = 1e-3 / (i + 1)
         with torch._dynamo.config.patch(error_on_recompile=True):
             times.append(seconds_of(opt.step, device))
-    facts = dict(ms=1000 * statistics.median(times[3:]), ms_worst=1000 * max(times[3:]),
-                 compile_s=compile_s)  # fmt: skip
+    facts = dict(
+        ms=1000 * statistics.median(times[3:]), ms_worst=1000 * max(times[3:]), compile_s=compile_s
+    )
     if device.type == "cuda":
         pools = sum(size for pool, size in reserved_by_graphs().items() if pool not in others)
         facts["peak_mib"] = (torch.cuda.max_memory_allocated() - before + pools) / 2**20
@@ -198,11 +212,15 @@ def main() -> None:
     command += f" --only {shlex.join(args.only)}" if args.only else ""
     command += " --momentum FILE" if real else ""
     line = dict(
-        bench="optimizers", shapes=args.shapes, torch=torch.__version__, commit=commit(),
+        bench="optimizers",
+        shapes=args.shapes,
+        torch=torch.__version__,
+        commit=commit(),
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         command=command + (f" --shapes {args.shapes}" if args.shapes != "124M" else ""),
-        momentum=sorted(real), rows=rows,
-    )  # fmt: skip
+        momentum=sorted(real),
+        rows=rows,
+    )
     append_line(args.out, line)
 
 

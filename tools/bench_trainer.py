@@ -129,8 +129,10 @@ def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Nam
     if args.profile:
         step = functools.partial(trainer.step, 1)
         rows = profile(lambda: step(next(batches)), args.profile, world, args.trace)
-        kernels = dict(kernels=[(round(ms, 3), calls, name) for ms, calls, name in rows[:15]],
-                       kernels_ms=round(sum(ms for ms, _, _ in rows), 2))  # fmt: skip
+        kernels = dict(
+            kernels=[(round(ms, 3), calls, name) for ms, calls, name in rows[:15]],
+            kernels_ms=round(sum(ms for ms, _, _ in rows), 2),
+        )
     optimizer_s = []
     for _ in range(7):
         for p in trainer.model.parameters():
@@ -140,10 +142,14 @@ def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Nam
     optimizer_ms = 1000 * sorted(optimizer_s)[3]
     comm_s = exposed_seconds(trainer, batches, min(steps, 8)) if world.size > 1 else 0.0
     facts = dict(
-        tokens_per_s=config.batch_tokens / step_s, step_ms=1000 * step_s, peak_gib=peak,
-        start_s=start_s, optimizer_ms=optimizer_ms, comm_ms=1000 * comm_s,
+        tokens_per_s=config.batch_tokens / step_s,
+        step_ms=1000 * step_s,
+        peak_gib=peak,
+        start_s=start_s,
+        optimizer_ms=optimizer_ms,
+        comm_ms=1000 * comm_s,
         microbatch_rows=trainer.rows,
-    )  # fmt: skip
+    )
     facts = {key: float(f"{value:.6g}") for key, value in facts.items()}
     sent = sum(trainer.matrix.traffic().values())
     facts |= dict(bytes_per_rank=sent, steps=steps + 2, ranks_agree=agree)
@@ -213,19 +219,29 @@ def grow(config: train_gpt.Config, world: train_gpt.World, args: argparse.Namesp
 
 
 def report(
-    bench: str, config: train_gpt.Config, world: train_gpt.World, args: argparse.Namespace,
+    bench: str,
+    config: train_gpt.Config,
+    world: train_gpt.World,
+    args: argparse.Namespace,
     facts: dict,
-) -> None:  # fmt: skip
+) -> None:
     if world.rank > 0:
         return
     torchrun = f"torchrun --standalone --nproc_per_node={world.size}"
     launcher = torchrun if dist.is_initialized() else "python"
     line = dict(
-        bench=bench, device=world.device_name, gpus=world.size, torch=torch.__version__,
-        commit=commit(), command=" ".join([launcher, "tools/bench_trainer.py", *args.given]),
-        preset=config.preset, optimizer=config.optimizer, batch_tokens=config.batch_tokens,
-        caches=args.caches, **facts,
-    )  # fmt: skip
+        bench=bench,
+        device=world.device_name,
+        gpus=world.size,
+        torch=torch.__version__,
+        commit=commit(),
+        command=" ".join([launcher, "tools/bench_trainer.py", *args.given]),
+        preset=config.preset,
+        optimizer=config.optimizer,
+        batch_tokens=config.batch_tokens,
+        caches=args.caches,
+        **facts,
+    )
     print(line)
     append_line(args.out, line)
 

@@ -38,8 +38,10 @@ PARITY = {  # shapes, each with the axis of its neurons
 def spectrum(m: int, n: int, condition: float) -> tuple[Tensor, Tensor]:
     """A matrix of this condition and its polar factor, in float64."""
     generator, r = torch.Generator().manual_seed(0), min(m, n)
-    U, V = (torch.linalg.qr(torch.randn(k, r, dtype=torch.float64, generator=generator))[0]
-            for k in (m, n))  # fmt: skip
+    U, V = (
+        torch.linalg.qr(torch.randn(k, r, dtype=torch.float64, generator=generator))[0]
+        for k in (m, n)
+    )
     sigma = condition ** -torch.linspace(0, 1, r, dtype=torch.float64)
     return U * sigma @ V.T, U @ V.T
 
@@ -109,11 +111,14 @@ def main() -> None:
     for bench, rows in tables.items():
         print(*rows, sep="\n")
         line = dict(
-            bench=bench, shape=f"{shape[0]} x {shape[1]}" if bench == "polar" else "small",
+            bench=bench,
+            shape=f"{shape[0]} x {shape[1]}" if bench == "polar" else "small",
             device=torch.cuda.get_device_name() if cuda and bench == "polar" else "cpu",
-            torch=torch.__version__, commit=commit(),
-            command=command + (" --large" if args.large else ""), rows=rows,
-        )  # fmt: skip
+            torch=torch.__version__,
+            commit=commit(),
+            command=command + (" --large" if args.large else ""),
+            rows=rows,
+        )
         append_line(args.out, line)
 
 

@@ -117,8 +117,11 @@ def check(where: str, raw: object) -> Example:
         label = int(label)
     if not isinstance(context, str):
         raise ValueError(f'{where}: "ctx" is {context!r:.50}, expected a text')
-    if not (isinstance(endings, list) and all(isinstance(ending, str) for ending in endings)
-            and len(endings) > 1):  # fmt: skip
+    if not (
+        isinstance(endings, list)
+        and all(isinstance(ending, str) for ending in endings)
+        and len(endings) > 1
+    ):
         raise ValueError(f'{where}: "endings" is {endings!r:.50}, expected several texts')
     if type(label) is not int or not 0 <= label < len(endings):
         raise ValueError(f'{where}: "label" is {label!r:.50}, expected 0 to {len(endings) - 1}')
@@ -163,8 +166,13 @@ def losses(model: train_gpt.GPT, rows: list[Row], batch: int, width: int) -> lis
     return sums
 
 
-def evaluate(model: train_gpt.GPT, config: train_gpt.Config, examples: list[Example],
-             tokenizer: Tokenizer, batch: int) -> dict[str, float]:  # fmt: skip
+def evaluate(
+    model: train_gpt.GPT,
+    config: train_gpt.Config,
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    batch: int,
+) -> dict[str, float]:
     """Shares of right answers (acc, acc_norm), and how many examples there were and were cut."""
     rendered = [render(example, tokenizer, config.row_tokens) for example in examples]
     rows = [row for some, _ in rendered for row in some]
@@ -196,8 +204,9 @@ def report(args: argparse.Namespace) -> None:
         f"{key}:{found[key]:.4f} +- {math.sqrt(found[key] * (1 - found[key]) / n):.4f}"
         for key in ("acc_norm", "acc")
     )
-    print(f"hellaswag {shares} examples:{n} cut:{found['cut']} "
-          f"step:{facts['step']} {args.checkpoint}")  # fmt: skip
+    print(
+        f"hellaswag {shares} examples:{n} cut:{found['cut']} step:{facts['step']} {args.checkpoint}"
+    )
     if args.out:
         line = dict(bench="hellaswag", checkpoint=str(args.checkpoint), data=str(path), **found)
         optimizer = saved["config"].get("optimizer")

@@ -80,8 +80,12 @@ def train(runs: dict[Path, list[str]], gpus: list[str]) -> bool:
                 if (code := process.poll()) is not None:
                     waiting, refused = ([], True) if code == 2 else (waiting, refused)
                     said = log.with_suffix(".console").read_text(errors="replace").splitlines()
-                    print(f"{time.strftime('%X')} end {log.stem}, exit code {code},",
-                          f"{time.monotonic() - since:.0f} s:", *said[-1:], flush=True)
+                    print(
+                        f"{time.strftime('%X')} end {log.stem}, exit code {code},",
+                        f"{time.monotonic() - since:.0f} s:",
+                        *said[-1:],
+                        flush=True,
+                    )
                     del running[gpu]
     finally:
         for _, process, _ in running.values():

@@ -60,8 +60,15 @@ def tokenizer_of(config: train_gpt.Config) -> tuple[Tokenizer, Callable[[list[in
     return tokenizer, tiktoken.get_encoding(name).decode
 
 
-def sample(path: Path, device: torch.device, prompt: str, tokens: int, temperature: float,
-           top_k: int, seed: int) -> str:  # fmt: skip
+def sample(
+    path: Path,
+    device: torch.device,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> str:
     """The prompt and `tokens` more. Temperature 0 takes the likeliest, top_k 0 draws from all."""
     model, config, _ = load_model(path, device)
     tokenizer, decode = tokenizer_of(config)

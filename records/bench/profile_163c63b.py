@@ -44,12 +44,22 @@ def main() -> None:
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
     found = [e for e in recorder.key_averages() if e.device_type == cuda]
-    rows = [(e.self_device_time_total / 1000 / STEPS, e.count / STEPS, e.key)
-            for e in found if not e.is_user_annotation]  # fmt: skip
-    facts = dict(bench="profile", device=torch.cuda.get_device_name(), gpus=1,
-                 torch=torch.__version__, commit="163c63b6756a18ff544076c9f01fdac736a75e35",
-                 command=COMMAND, preset="track3", optimizer="muon",
-                 batch_tokens=config.batch_tokens)  # fmt: skip
+    rows = [
+        (e.self_device_time_total / 1000 / STEPS, e.count / STEPS, e.key)
+        for e in found
+        if not e.is_user_annotation
+    ]
+    facts = dict(
+        bench="profile",
+        device=torch.cuda.get_device_name(),
+        gpus=1,
+        torch=torch.__version__,
+        commit="163c63b6756a18ff544076c9f01fdac736a75e35",
+        command=COMMAND,
+        preset="track3",
+        optimizer="muon",
+        batch_tokens=config.batch_tokens,
+    )
     top = [(round(ms, 3), calls, name) for ms, calls, name in sorted(rows, reverse=True)[:15]]
     print(json.dumps(facts | dict(kernels=top, kernels_ms=round(sum(r[0] for r in rows), 2))))
 
