@@ -1,1 +1,1 @@
-"""Makes, fetches and checks token shards. The trainer imports nothing from here."""
+"""Make, fetch, check and load token shards. The trainer imports data/loader.py only."""

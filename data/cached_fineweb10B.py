@@ -3,13 +3,13 @@ Fetch the GPT-2 tokens of FineWeb-10B: the validation shard and N training shard
 
     python data/cached_fineweb10B.py 20            # 21 files, 4.2 GB, into data/fineweb10B
     python data/cached_fineweb10B.py               # all 103 training shards, 20.8 GB
-    python data/cached_fineweb10B.py 20 --offline  # no network: is all of it here? exit code 0 or 2
-    python data/cached_fineweb10B.py 20 --verify   # hash again what is here, fetch what is damaged
+    python data/cached_fineweb10B.py 20 --offline  # checks without a network; exits with 0 or 2
+    python data/cached_fineweb10B.py 20 --verify   # hashes all files again, fetches damaged ones
 
-A file gets its name once it has the hub's sha256, and is recorded in manifest.json: a second run
-only looks at lengths. Interrupt it when you like: half a file continues where it stopped. For a
-machine without internet, copy the folder there and run with --offline --verify.
-HF_ENDPOINT (a mirror), HF_TOKEN and HF_HUB_DISABLE_PROGRESS_BARS mean what they mean to the hub.
+A file gets its name once it has the hub's sha256, and manifest.json records it, so that a second
+run only compares lengths. The download may be interrupted at any time; a partial file continues.
+For a machine without internet, copy the folder there and run with --offline --verify. The hub's
+variables HF_ENDPOINT (a mirror), HF_TOKEN and HF_HUB_DISABLE_PROGRESS_BARS have their usual effect.
 """
 
 import argparse
@@ -30,7 +30,7 @@ else:
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
 VOCAB_SIZE = 50257
-PARALLEL = 4  # files at once: one stream of the hub seldom fills a data centre's line
+PARALLEL = 4  # files at once: one stream from the hub seldom fills a data centre's line
 
 
 def shard_names(count: int) -> list[str]:
@@ -40,7 +40,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def damage(path: Path, entry: dict[str, Any] | None, rehash: bool) -> str | None:
-    """Why a shard cannot be used as it is, in one sentence; its tokens are read only to rehash."""
+    """Return one sentence on why a shard is unusable, or None. Only `rehash` reads its tokens."""
     if entry and rehash:
         return shards.check(path, entry, VOCAB_SIZE)
     try:
@@ -53,7 +53,7 @@ def damage(path: Path, entry: dict[str, Any] | None, rehash: bool) -> str | None
 
 
 def look_up(name: str, retry: bool = True) -> tuple[str, str, int]:
-    """The url, sha256 and size in bytes of a file on the hub."""
+    """Return the url, the sha256 and the size in bytes of a file on the hub."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
@@ -62,18 +62,18 @@ def look_up(name: str, retry: bool = True) -> tuple[str, str, int]:
     if not re.fullmatch("[0-9a-f]{64}", sha256) or metadata.size is None:
         raise ValueError(
             f"{url}: the server names no sha256 and size (etag {metadata.etag}, size "
-            f"{metadata.size}), so it cannot be checked. Use another HF_ENDPOINT."
+            f"{metadata.size}), so the file cannot be checked. Use another HF_ENDPOINT."
         )
     return url, sha256, metadata.size
 
 
 def fetch(path: Path, url: str, sha256: str, size: int) -> dict[str, Any]:
-    """Make `path` the hub's file if it is not already, and return its manifest entry."""
+    """Make `path` the hub's file unless it is already, and return its manifest entry."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    # hf_hub_download throws away what it has when it fails (seen in hub 1.33 and 2.4). Its http_get
-    # continues a file, in steps of 10 MB; the name ties the half file to one content.
+    # hf_hub_download deletes a partial file when it fails (seen in hub 1.33 and 2.4). http_get
+    # continues one, in steps of 10 MB; the sha256 in the name ties it to one content.
     part = path.with_name(f"{path.name}.{sha256[:12]}.part")
     if path.exists() and shards.sha256_of(path) != sha256:
         path.unlink()
@@ -92,7 +92,7 @@ def fetch(path: Path, url: str, sha256: str, size: int) -> dict[str, Any]:
         if (found := shards.sha256_of(part)) != sha256:
             part.unlink()
             raise ValueError(
-                f"{path.name}: what came has sha256 {found}, the hub says {sha256}. "
+                f"{path.name}: the download has sha256 {found}, the hub says {sha256}. "
                 "It was deleted; run this again."
             )
         os.replace(part, path)
@@ -101,8 +101,8 @@ def fetch(path: Path, url: str, sha256: str, size: int) -> dict[str, Any]:
 
 def fetch_all(folder: Path, names: list[str], manifest: dict[str, Any]) -> None:
     """Fetch a few at a time, and record each in the manifest as soon as it is verified."""
-    # The first question is asked alone and once, so that a machine without network hears of it
-    # within seconds; the others are repeated, as one of a hundred may well fail.
+    # The first look-up runs alone and without retries, so that it fails within seconds if there is
+    # no network. The others are retried, as one of a hundred may well fail.
     found = [look_up(names[0], retry=False)]
     with ThreadPoolExecutor(PARALLEL) as pool:
         found += pool.map(look_up, names[1:])
@@ -138,7 +138,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 
 def download(folder: Path, names: list[str], rehash: bool) -> None:
-    """Fetch those of the names that are not here, or not sound."""
+    """Fetch the files that are missing or damaged."""
     from huggingface_hub.errors import HTTPError  # httpx's in hub 1, httpx2's in hub 2
     from huggingface_hub.utils import WeakFileLock
 
@@ -157,7 +157,7 @@ def download(folder: Path, names: list[str], rehash: bool) -> None:
     except (OSError, HTTPError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"Could not fetch the shards: {type(error).__name__}: {reason}. What is complete is "
+            f"Could not fetch the shards: {type(error).__name__}: {reason}. Complete files are "
             "kept; check the network (HF_ENDPOINT may name a mirror) and run this again, or copy "
             f"the files into {folder} from another machine."
         ) from error
@@ -180,7 +180,7 @@ def check_offline(folder: Path, names: list[str], rehash: bool) -> None:
             "is a network."
         )
     if unknown := [name for name in names if name not in entries]:
-        print(f"Not in the manifest, so held against no sha256: {', '.join(unknown)}.")
+        print(f"Not in the manifest, so no sha256 was compared: {', '.join(unknown)}.")
 
 
 def main() -> int:
@@ -191,16 +191,16 @@ def main() -> int:
         nargs="?",
         type=int,
         default=TRAINING_SHARDS,
-        help=f"training shards, 0 to {TRAINING_SHARDS} (default: all)",
+        help=f"number of training shards, 0 to {TRAINING_SHARDS} (default: all)",
     )
     parser.add_argument("--dir", type=Path, default=Path(__file__).parent / "fineweb10B")
-    parser.add_argument("--offline", action="store_true", help="only check what is there")
-    parser.add_argument("--verify", action="store_true", help="hash again what is there")
+    parser.add_argument("--offline", action="store_true", help="only check the files here")
+    parser.add_argument("--verify", action="store_true", help="hash the files again")
     args = parser.parse_args()
     if not 0 <= args.count <= TRAINING_SHARDS:
         parser.error(f"N is {args.count}, but there are {TRAINING_SHARDS} training shards.")
-    # Let Ctrl-C end the process at once, downloading threads and all: files are placed by renaming,
-    # so no moment is a bad one.
+    # Ctrl-C ends the process at once, with all its threads: files are placed by renaming, so any
+    # moment is safe.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     names = shard_names(args.count)
     try:

@@ -1,16 +1,16 @@
 """
-A corpus that needs no download: the source of the running Python's own standard library, as bytes.
+Make a corpus without a download: the source of the running Python's standard library, as bytes.
 
     python data/embedded.py        # about 10M training tokens into data/embedded, in seconds
 
 Tokens are UTF-8 bytes (0 to 255); 256 begins each document, and a document is one file. Validation
-is whole files that training does not have. It is for the demo and for tests: source code is easy,
-and losses compare only between runs on the same Python version.
+uses whole files that are not in training. The corpus is for the demo and for tests: source code is
+easy to predict, and losses compare only between runs on the same Python version.
 
 The manifest's "target" is the loss to beat: the cross-entropy, in nats per token, of a byte trigram
 model counted on the training shard, p(c|ab) = (n(abc) + 1) / (n(ab) + 257). It scores the trainer's
-first 131,072 validation targets, tokens[1:131073], but for the very first, which has no two tokens
-before it. A transformer that has learned no more than letter statistics does not get below it.
+first 131,072 validation targets, tokens[1:131073], except the first one, which has fewer than two
+tokens before it. A transformer that has learned only letter statistics does not get below it.
 """
 
 import platform
@@ -28,10 +28,10 @@ else:
     from shards import read_manifest, verify, write_manifest, write_shard
 
 END_OF_TEXT, VOCAB_SIZE = 256, 257
-VAL_TARGETS = 131_072  # validation holds one token more, as targets are inputs shifted by one
-RECIPE = 2  # raise it when the same Python would yield other shards
-# Installed packages are not the library, tests and lib2to3 hold odd code on purpose, and the tables
-# in encodings and pydoc_data are near copies of each other: validation would be in training.
+VAL_TARGETS = 131_072  # the shard has one token more, as targets are inputs shifted by one
+RECIPE = 2  # raise it if a change of this file gives the same Python other shards
+# Installed packages are no part of the library; tests and lib2to3 contain odd code on purpose; the
+# tables of encodings and pydoc_data nearly repeat each other, which would leak validation data.
 EXCLUDED = {
     "site-packages",
     "dist-packages",
@@ -46,12 +46,12 @@ EXCLUDED = {
 
 
 def library_files(library: Path) -> list[Path]:
-    """The library's modules in a fixed random order, which mixes its packages."""
+    """Return the library's modules in a fixed random order, which mixes its packages."""
     paths = {
         path.relative_to(library).as_posix(): path
         for path in library.rglob("*.py")
         if not EXCLUDED.intersection(path.relative_to(library).parts)
-        # These two are written by whoever builds or packages Python.
+        # Whoever builds or packages Python writes these two.
         and not path.name.startswith(("_sysconfigdata", "sitecustomize"))
     }
     names = sorted(paths)
@@ -73,7 +73,7 @@ def read_documents(paths: list[Path]) -> list[np.ndarray]:
 
 
 def trigram_loss(train: np.ndarray, val: np.ndarray) -> float:
-    """Mean -log p of val[2:] under the add-one trigram model of `train`, in nats."""
+    """Return the mean -log p of val[2:] under the add-one trigram model of `train`, in nats."""
 
     def pair(tokens: np.ndarray) -> np.ndarray:
         return tokens[:-1].astype(np.int64) * VOCAB_SIZE + tokens[1:]
@@ -81,7 +81,7 @@ def trigram_loss(train: np.ndarray, val: np.ndarray) -> float:
     def triple(tokens: np.ndarray) -> np.ndarray:
         return pair(tokens)[:-1] * VOCAB_SIZE + tokens[2:]
 
-    # Pairs that end the shard have no successor, so they are no context: hence [:-1].
+    # The last pair of a shard has no successor and is no context: hence [:-1].
     pairs = np.bincount(pair(train)[:-1], minlength=VOCAB_SIZE**2)
     triples = np.bincount(triple(train), minlength=VOCAB_SIZE**3)
     seen, context = triples[triple(val)], pairs[pair(val)[:-1]]
@@ -89,7 +89,7 @@ def trigram_loss(train: np.ndarray, val: np.ndarray) -> float:
 
 
 def make(folder: str | Path) -> dict[str, Any]:
-    """Write the two shards and the manifest, unless this Python did so already."""
+    """Write the two shards and the manifest, unless this Python has written them already."""
     folder, version = Path(folder), platform.python_version()
     try:
         manifest = read_manifest(folder)
@@ -98,11 +98,11 @@ def make(folder: str | Path) -> dict[str, Any]:
         ):
             return manifest
     except (FileNotFoundError, ValueError):
-        pass  # none, or a broken one: it is written anew below
+        pass  # a missing or broken manifest is written below
     library = Path(sysconfig.get_paths()["stdlib"])
     documents = read_documents(library_files(library))
     ends = np.cumsum([len(document) for document in documents])
-    first = int(np.searchsorted(ends, VAL_TARGETS + 1)) + 1  # the first document of training
+    first = int(np.searchsorted(ends, VAL_TARGETS + 1)) + 1  # index of the first training document
     if first >= len(documents) or ends[-1] < 8 * VAL_TARGETS:
         raise ValueError(
             f"{library}: holds too little source code ({sum(map(len, documents)):,} "
@@ -110,7 +110,7 @@ def make(folder: str | Path) -> dict[str, Any]:
         )
     val, train = np.concatenate(documents[:first]), np.concatenate(documents[first:])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)  # never true of half-written shards
+    (folder / "manifest.json").unlink(missing_ok=True)  # it must not describe half-written shards
     write_shard(folder / "embedded_val_000000.bin", val)
     write_shard(folder / "embedded_train_000001.bin", train)
     return write_manifest(

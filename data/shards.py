@@ -1,16 +1,17 @@
 """
-The shard format, and the manifest that says what a folder of shards must hold.
+Read and write token shards, and the manifest that records the shards of a folder.
 
-    python data/shards.py verify DIR                      # re-hash every shard
-    python data/shards.py manifest DIR --tokenizer gpt2 --vocab-size 50257    # if it has none
+    python data/shards.py verify DIR                      # hashes every shard again
+    python data/shards.py manifest DIR --tokenizer gpt2 --vocab-size 50257    # writes one
 
 A shard is one .bin file: 256 little-endian int32 (20240520, 1, the number of tokens, zeros), then
-the tokens as little-endian uint16. It is the format of llm.c and modded-nanogpt.
+the tokens as little-endian uint16. llm.c and modded-nanogpt use the same format.
 
-A manifest is manifest.json beside the shards: the tokenizer, the size of its vocabulary, and the
-tokens and sha256 of every shard. If two validation losses differ, compare the manifests first.
+The manifest, manifest.json beside the shards, records the tokenizer, the size of its vocabulary,
+and the number of tokens and the sha256 of every shard. If two validation losses differ, compare the
+manifests first.
 
-Files are written under another name and renamed: what has its final name is complete.
+Files are written under another name and renamed, so a file with its final name is complete.
 """
 
 import argparse
@@ -31,8 +32,8 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears at `path` only if the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: rename, not copy
+    """Open a file to write that appears at `path` only if the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: rename needs it
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -66,7 +67,7 @@ def _remedy(path: Path, verb: str = "Delete it and run") -> str:
 
 
 def read_header(path: str | Path) -> int:
-    """The number of tokens, after every check that reads none: a short shard is no corrupt one."""
+    """Return the number of tokens, after all checks that read none; the size is one of them."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such shard. {_remedy(path, 'Run')}")
@@ -91,13 +92,13 @@ def read_header(path: str | Path) -> int:
 
 
 def read_shard(path: str | Path, vocab_size: int | None = None) -> np.ndarray:
-    """The tokens as a read-only memory map, all below `vocab_size` if that is given."""
+    """Map the tokens into memory, read-only; check that they are below `vocab_size` if given."""
     count = read_header(path)
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(
             f"{path}: token id {largest} is beyond the vocabulary of {vocab_size}: "
-            f"another tokenizer's, or corrupt. {_remedy(Path(path))}"
+            f"another tokenizer wrote it, or it is corrupt. {_remedy(Path(path))}"
         )
     return tokens
 
@@ -108,7 +109,7 @@ def sha256_of(path: Path) -> str:
 
 
 def describe(path: Path, vocab_size: int | None = None) -> dict[str, Any]:
-    """The manifest's entry for one shard."""
+    """Return the manifest's entry for one shard."""
     return {"tokens": len(read_shard(path, vocab_size)), "sha256": sha256_of(path)}
 
 
@@ -147,7 +148,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def check(path: Path, entry: dict[str, Any], vocab_size: int) -> str | None:
-    """What is wrong with a shard, in one sentence."""
+    """Return one sentence on the first fault of a shard, or None."""
     try:
         found = describe(path, vocab_size)
     except (ValueError, FileNotFoundError) as error:
@@ -162,7 +163,7 @@ def check(path: Path, entry: dict[str, Any], vocab_size: int) -> str | None:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """One sentence for each way in which the folder differs from its manifest."""
+    """Return a sentence for each difference between the folder and its manifest."""
     manifest = read_manifest(folder)
     shards, present = manifest["shards"], {path.name for path in Path(folder).glob("*.bin")}
     checked = (check(Path(folder, name), shards[name], manifest["vocab_size"]) for name in shards)
@@ -174,18 +175,18 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check a folder of shards, or record what it has.")
+    parser = argparse.ArgumentParser(description="Check a folder of shards, or write its manifest.")
     parser.add_argument("command", choices=["verify", "manifest"])
     parser.add_argument("folder", metavar="DIR", type=Path)
-    parser.add_argument("--tokenizer", help="for manifest: its name, e.g. gpt2")
-    parser.add_argument("--vocab-size", type=int, help="for manifest: ids are below it, e.g. 50257")
+    parser.add_argument("--tokenizer", help="for manifest: the tokenizer's name, e.g. gpt2")
+    parser.add_argument("--vocab-size", type=int, help="for manifest: e.g. 50257, above all ids")
     args = parser.parse_args()
     try:
         if args.command == "manifest":
             if not (args.tokenizer and args.vocab_size):
                 raise ValueError("manifest needs --tokenizer and --vocab-size: gpt2 and 50257?")
             if Path(args.folder, MANIFEST).exists():
-                raise ValueError(f"{args.folder} has a manifest: delete it to record anew.")
+                raise ValueError(f"{args.folder} has a manifest: delete it to write a new one.")
             write_manifest(args.folder, args.tokenizer, args.vocab_size)
         problems = verify(args.folder) if args.command == "verify" else []
         for name, entry in read_manifest(args.folder)["shards"].items():

@@ -1,18 +1,18 @@
 """
-Turn your own text into token shards.
+Tokenize your own text into shards.
 
     python data/tokenize_text.py books/ more.jsonl --out data/mine --val-tokens 1000000
 
-INPUT is a file or a folder, searched to the bottom for
+INPUT is a file or a folder, which is searched at any depth for
     .txt      a document per file, held in memory; a line <|endoftext|> begins another
     .jsonl    a document per line, in the field "text" (or --field)
     .parquet  a document per row, in the column "text" (or --field); needs pip install pyarrow
-and the result is NAME_val_000000.bin, NAME_train_000001.bin, ... and manifest.json. Documents begin
-with the end-of-text id (50256 for gpt2, 256 for bytes) and are never split: the first ones fill
-validation, the rest training, in the order of the inputs. Shuffle before if that order has a
-meaning. The shards do not depend on the number of processes.
+The output is NAME_val_000000.bin, NAME_train_000001.bin, ... and manifest.json. Documents begin
+with the end-of-text id (50256 for gpt2, 256 for bytes) and are never split. The first documents
+fill the validation shard, the others the training shards, in the order of the inputs: shuffle them
+before if that order has a meaning. The number of processes does not change the shards.
 
-Memory: about four bytes for each token of a shard, and a few megabytes for each process.
+It needs about four bytes of memory per token of a shard, and a few megabytes per process.
 """
 
 import argparse
@@ -37,7 +37,7 @@ if __package__:
 else:
     from shards import MANIFEST, write_manifest, write_shard
 
-BATCH_CHARACTERS = 1_000_000  # a tenth of a second of work: worth sending to another process
+BATCH_CHARACTERS = 1_000_000  # 0.1 s of work, enough to send to another process
 
 
 class Tokenizer(NamedTuple):
@@ -54,7 +54,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     try:
         encoding = tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors are of this kind
+    except OSError as error:  # requests' errors are OSErrors
         raise FileNotFoundError(
             f"tiktoken cannot load {name!r} ({type(error).__name__}): it downloads its tables "
             "at first use. Load it once where there is a network, with TIKTOKEN_CACHE_DIR set to a "
@@ -161,7 +161,7 @@ def encode_all(
     if processes == 1:
         yield from (encode_batch(name, batch) for batch in batches)
         return
-    # Spawned, as a fork of a process with threads (tqdm's, pyarrow's) may deadlock.
+    # Spawn: forking a process that has threads (tqdm's, pyarrow's) may deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         pending = deque()
@@ -214,7 +214,7 @@ def tokenize(
     processes: int,
     force: bool,
 ) -> dict[str, Any]:
-    """Write all shards beside the old ones, swap when they are complete; return the manifest."""
+    """Write all shards beside the old ones, replace these at the end, and return the manifest."""
     files, vocab_size = find_files(inputs), load_tokenizer(tokenizer).vocab_size
     present = sorted(out.glob("*.bin"))
     own = [
@@ -251,22 +251,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Turn text into token shards.")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--name", help="shards are called NAME_... (default: DIR's last part)")
+    parser.add_argument("--name", help="shards are called NAME_... (default: the name of DIR)")
     parser.add_argument(
         "--val-tokens",
         metavar="N",
         type=int,
         default=2_097_153,
-        help="for validation, at least (default: what the prose preset needs)",
+        help="validation tokens, at least (default: enough for the prose preset)",
     )
     parser.add_argument("--shard-tokens", metavar="N", type=int, default=100_000_000)
     parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2")
-    parser.add_argument("--field", default="text", help="of .jsonl and .parquet (default: text)")
+    parser.add_argument("--field", default="text", help="field or column (default: text)")
     parser.add_argument("--processes", metavar="N", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--force", action="store_true", help="replace the shards in DIR")
     args = vars(parser.parse_args())
     if args["val_tokens"] < 0 or args["shard_tokens"] < 1 or args["processes"] < 1:
-        parser.error("--val-tokens is 0 or more, --shard-tokens and --processes are 1 or more.")
+        parser.error("--val-tokens must be 0 or more, --shard-tokens and --processes 1 or more.")
     args["name"] = args["name"] or args["out"].resolve().name
     try:
         manifest = tokenize(**args)

@@ -1,13 +1,54 @@
-"""Matrix optimizers by name; a new one is one file with one `update` and one line here."""
+"""Matrix optimizers by name, each a list of techniques.
 
-from .adamw import AdamW
-from .aurora import Aurora
+A new optimizer is a class here; a new technique is a class of its own (technique.py says what it
+sees). Settings are those of modded-nanogpt's track_3#36, with a cheaper polar factor.
+"""
+
+from .averages import Around, WeightAverage
+from .balance import Balance
 from .diagnostics import Diagnostics, activity
-from .muon import Muon
-from .normuon import NorMuon
-from .riemannian import RiemannianAurora
+from .polar import Polar
+from .riemannian import Climb
 from .slot import MatrixOptimizer
-from .unormuon import UNorMuon
+from .technique import Adam, Aspect, CautiousDecay, Decay, EvenRows, Nesterov, Technique, ramp
+from .whole import ModelOptimizer
+
+
+class AdamW(MatrixOptimizer):
+    """The elementwise baseline: arXiv 1711.05101."""
+
+    techniques, defaults = (Adam(), Decay()), dict(lr=0.002, weight_decay=0.1)
+
+
+class Muon(MatrixOptimizer):
+    """Orthogonalised momentum: kellerjordan.github.io/posts/muon."""
+
+    techniques, defaults = (Nesterov(), Polar(), Aspect(), Decay()), dict(lr=0.025)
+
+
+class NorMuon(MatrixOptimizer):
+    """Muon with evened-out output neurons: arXiv 2510.05491."""
+
+    techniques, defaults = (Nesterov(), Polar(), EvenRows(), Aspect(), Decay()), dict(lr=0.025)
+
+
+class UNorMuon(MatrixOptimizer):
+    """NorMuon without the aspect factor: tall updates stay shorter, blog.tilderesearch.com."""
+
+    techniques, defaults = (Nesterov(), Polar(), EvenRows(), Decay()), dict(lr=0.025)
+
+
+class Aurora(MatrixOptimizer):
+    """Muon with evened-out hidden neurons: arXiv 2606.27715."""
+
+    techniques, defaults = (Nesterov(), Balance(), Aspect(), Decay()), dict(lr=0.025)
+
+
+class RiemannianAurora(MatrixOptimizer):
+    """The even and orthogonal update furthest along the momentum: arXiv 2606.27715."""
+
+    techniques, defaults = (Nesterov(), Climb(), Aspect(), Decay()), dict(lr=0.025)
+
 
 OPTIMIZERS = {
     "adamw": AdamW,
@@ -17,5 +58,7 @@ OPTIMIZERS = {
     "aurora": Aurora,
     "riemannian": RiemannianAurora,
 }
-__all__ = ["OPTIMIZERS", "Diagnostics", "MatrixOptimizer", "activity"]
-__all__ += [kind.__name__ for kind in OPTIMIZERS.values()]
+__all__ = ["OPTIMIZERS", "Adam", "Around", "Aspect", "Balance", "CautiousDecay", "Climb", "Decay"]
+__all__ += ["Diagnostics", "EvenRows", "MatrixOptimizer", "ModelOptimizer", "Nesterov", "Polar"]
+__all__ += ["Technique", "WeightAverage", "activity", "ramp"]
+__all__ += [optimizer.__name__ for optimizer in OPTIMIZERS.values()]

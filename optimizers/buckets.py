@@ -1,17 +1,16 @@
-"""Buckets of the slot: parameters of one shape, who owns which, and the buffers they live in."""
+"""Buckets of the slot: parameters of one shape, their owners, and the buffers they live in."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .gather import wide
 from .replay import Numbers, Replay
 
 
 @dataclass(eq=False)
 class Bucket:
-    """Parameters of one group with one shape, and who owns which."""
+    """Parameters of one group with one shape, and their owners."""
 
     group: dict
     params: list[Tensor]  # K of (m, n)
@@ -31,15 +30,15 @@ class Bucket:
 
     @property
     def wide(self) -> torch.dtype:
-        """The type in which this bucket is stepped: float32 or better."""
-        return wide(self.params[0])
+        """Return the type in which this bucket is stepped: float32 or better."""
+        return torch.promote_types(self.params[0].dtype, torch.float32)
 
     def places(self) -> dict[int, tuple[int, int]]:
-        """Rank and slot of each parameter."""
+        """Return the rank and slot of each parameter, by its index."""
         return {i: (r, s) for r, mine in enumerate(self.owned) for s, i in enumerate(mine)}
 
     def deals_as(self, other: "Bucket") -> bool:
-        """Whether both are the same parameters of the same group, with the same owners."""
+        """True if both hold the same parameters of the same group, with the same owners."""
         params = [list(map(id, bucket.params)) for bucket in (self, other)]
         return self.group is other.group and params[0] == params[1] and self.owned == other.owned
 
@@ -47,10 +46,8 @@ class Bucket:
         self.spare, self.state = self.state or self.spare, {}
 
     def filled(self, one: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        """State of `count` matrices like this one; where it fits, in the tensors of a former one.
-
-        Addresses then stay, and graphs that were recorded with them are good for another run.
-        """
+        """Return the state of `count` matrices like this one, in the tensors of a former state
+        where they fit: addresses then stay, and recorded graphs are good for another run."""
         state = {}
         for key, like in one.items():
             room, shape = self.spare.get(key, like), (count, *like.shape[1:])
@@ -59,7 +56,7 @@ class Bucket:
         return state
 
     def hold_weights(self) -> None:
-        """Makes the parameters views of `weights`, unless they are."""
+        """Make the parameters views of `weights`, unless they are."""
         pairs = list(zip(self.params, self.cells, strict=self.weights is not None))
         if pairs and all(p.data_ptr() == cell.data_ptr() for p, cell in pairs):
             return
@@ -71,7 +68,7 @@ class Bucket:
 
 
 def owners_by_cost(costs: list[float], ranks: int) -> list[int]:
-    """The owner of each item: largest cost first, each to the rank with the least so far."""
+    """Return the owner of each item: largest cost first, each to the rank with the least so far."""
     load, owners = [0.0] * ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = min(range(ranks), key=load.__getitem__)
@@ -79,10 +76,10 @@ def owners_by_cost(costs: list[float], ranks: int) -> list[int]:
     return owners
 
 
-def even_parts(count: int, each: int, limit: int) -> list[tuple[int, int]]:
-    """[first, last) of as few parts as keep `count` items of `each` bytes below the limit.
+def even_parts(count: int, item_bytes: int, limit: int) -> list[tuple[int, int]]:
+    """Return [first, last) of as few parts as keep `count` items of `item_bytes` below the limit.
 
     Their sizes differ by at most one; an item that is too large is a part of its own.
     """
-    parts = min(count, -(-count * each // limit))
+    parts = min(count, -(-count * item_bytes // limit))
     return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]

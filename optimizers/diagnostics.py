@@ -1,7 +1,7 @@
-"""What an optimizer does to the neurons of an MLP: what --diagnostics logs as `diag:` lines.
+"""Measures what an optimizer does to the neurons of an MLP: the `diag:` lines of --diagnostics.
 
-Of the last step before a validation, for each matrix whose group has a neuron_axis, turned so that
-its m rows are neurons of n weights (aurora.md 2.3, experiment E1):
+The last step before a validation is measured, for each matrix whose group has a neuron_axis, turned
+so that its m rows are neurons of n weights:
 
     X           Nesterov momentum (1 - mu) g + mu m; x_i its rows
     leverage    rho_i = (m/n) x_i^T (X^T X)^+ x_i: 1 on average; below 1/16 a neuron starves, as
@@ -9,31 +9,34 @@ its m rows are neurons of n weights (aurora.md 2.3, experiment E1):
     update      rho_i = |u_i|^2 / mean_j |u_j|^2, U = (1 - lr wd) W_before - W_after
     cv          standard deviation over mean of the rho_i; quantiles at 0, 1, 10, 50, 90, 99, 100%
     below       share of neurons with rho below 1/16, 0.01 and 0.0025
-    persistent  {t: share of neurons with leverage below 1/16 at every check from step t to now},
-                of the checks of this process: after a resumption they begin anew
+    persistent  {t: share of neurons with leverage below 1/16 at every check from step t to now};
+                after a resumption the checks begin anew
     orthogonality     |U^T U - I|_F / sqrt(n), with U scaled to |U|_F = sqrt(n)
     update_to_weight  |W_after - W_before|_F / |W_before|_F
 
-and for each layer that `activity` is given, over a batch of tokens: `silent`, the share of neurons
-that never fire (pre-activation above 0), `firing`, the mean share of tokens that fire one, and
-`mean_act`, the mean positive pre-activation.
+For each layer given to `activity`, over a batch of tokens: `silent` is the share of neurons that
+never fire (pre-activation above 0), `firing` the mean share of tokens that fire one, and `mean_act`
+the mean positive pre-activation.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .slot import Bucket, MatrixOptimizer
+from .buckets import Bucket
+from .slot import MatrixOptimizer
 
 QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
 THRESHOLDS = (1 / 16, 0.01, 0.0025)
 
 
 def leverage(X: Tensor) -> Tensor:
-    """x_i^T (X^T X)^+ x_i of each row of X (m, n); singular values fade out around 1e-6 rms."""
+    """Return x_i^T (X^T X)^+ x_i of each row of X (m, n). Singular values fade near 1e-6 rms."""
     X = (X.cpu() if X.is_mps else X).double()
     X = X / X.abs().amax().clamp_min(torch.finfo(X.dtype).tiny)
     S = X.mT @ X
@@ -43,7 +46,7 @@ def leverage(X: Tensor) -> Tensor:
 
 
 def spread(rho: Tensor) -> dict:
-    """How even the rho of neurons are; (m,) with mean 1."""
+    """Return how even the rho (m,) of neurons are; their mean is 1."""
     points = torch.tensor(QUANTILES, dtype=rho.dtype, device=rho.device)
     values = dict(cv=rho.std(correction=0) / rho.mean(), quantiles=rho.quantile(points))
     values["below"] = torch.stack([(rho < limit).float().mean() for limit in THRESHOLDS])
@@ -51,22 +54,26 @@ def spread(rho: Tensor) -> dict:
 
 
 def rounded(value: Tensor) -> float | None | list[float | None]:
-    """For JSON: 4 digits, None for what is not finite (0/0 where nothing moved)."""
+    """Return 4 digits for JSON, None for non-finite values (0/0 where nothing moved)."""
     numbers = [float(f"{x:.4g}") if math.isfinite(x) else None for x in value.flatten().tolist()]
     return numbers if value.ndim else numbers[0]
 
 
 class Diagnostics:
-    """Measures one step: before_step(), the optimizer's step, then measure()."""
+    """Measures one step: call before_step(), step the optimizer, then call measure().
 
-    def __init__(self, optimizer: MatrixOptimizer) -> None:
-        self.optimizer = optimizer
+    The model offers neurons(), its layers by name whose outputs are MLP neurons, and
+    hidden(tokens, plain=True), which calls these layers.
+    """
+
+    def __init__(self, optimizer: MatrixOptimizer, model: nn.Module) -> None:
+        self.optimizer, self.model = optimizer, model
         self.since: dict[str, Tensor] = {}  # per matrix: first step of a neuron's present famine
         self.checks: list[int] = []
         self.before: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def matrices(self) -> list[tuple[str, Bucket, int, int]]:
-        """Name, bucket, and places in bucket and stack of the MLP matrices that this rank owns."""
+        """Return name, bucket, index in bucket and in stack of the MLP matrices owned here."""
         found = []
         for bucket in self.optimizer._buckets:
             group = bucket.group
@@ -85,8 +92,13 @@ class Diagnostics:
             self.before[name] = bucket.params[i].detach().clone(), momentum
 
     @torch.no_grad()
-    def measure(self, step: int) -> dict[str, dict]:
-        """By matrix, those of all ranks (every rank must call it); `step` says when this is."""
+    def measure(self, step: int, batches: Iterable[Tensor]) -> dict:
+        """Return the step, the seconds this took, and measurements of matrices and of neurons.
+
+        Matrices are those of all ranks: every rank must call it. Neurons are watched while the
+        model runs on the batches of tokens.
+        """
+        started = time.perf_counter()
         self.checks.append(step)
         found = {name: self._of_matrix(name, *where) for name, *where in self.matrices()}
         if self.optimizer.world_size > 1:
@@ -94,13 +106,19 @@ class Diagnostics:
             dist.all_gather_object(parts, found)
             found = {name: values for part in parts for name, values in part.items()}
         self.before = {}
-        return dict(sorted(found.items()))
+        run = partial(self.model.hidden, plain=True)
+        neurons = activity(self.model.neurons(), run, batches)
+        seconds = round(time.perf_counter() - started, 3)
+        return dict(
+            step=step, seconds=seconds, matrices=dict(sorted(found.items())), neurons=neurons
+        )
 
     def _of_matrix(self, name: str, bucket: Bucket, i: int, place: int) -> dict:
         group, (weight, momentum), after = bucket.group, self.before[name], bucket.params[i]
         mu = group.get("momentum", group.get("beta1", 0.0))
         X = (1 + mu) * bucket.state["momentum"][place] - mu * momentum
-        U = weight.float() * (1 - group["lr"] * group["weight_decay"]) - after
+        decay = group["lr"] * group.get("weight_decay", 0.0)
+        U = weight.float() * (1 - decay) - after
         moved = (after - weight).norm() / weight.norm()
         X, U = (A.mT.float() if group["neuron_axis"] == 1 else A.float() for A in (X, U))
         m, n = U.shape
@@ -125,7 +143,7 @@ class Diagnostics:
 def activity(
     layers: dict[str, nn.Module], run: Callable[[Tensor], object], batches: Iterable[Tensor]
 ) -> dict[str, dict]:
-    """Calls run(tokens) on each batch and watches what comes out of the layers: (..., neurons)."""
+    """Call run(tokens) on each batch and measure the outputs (..., neurons) of the layers."""
     sums = {name: [0, 0, 0] for name in layers}  # tokens, times fired, positive pre-activation
 
     def watch(name: str) -> Callable:

@@ -1,23 +1,23 @@
-"""Polar factors by way of the Gram matrix: as exact as 12 quintic steps, at a quarter of the price.
+"""Polar factors through the Gram matrix: as exact as 12 quintic steps, at a quarter of the price.
 
 X (k, n, m) with n <= m, singular values s <= 1. An odd polynomial step
 
     X <- W X,    W = a I + b R + c R^2 + ...,    R = X X^T
 
-needs X only through R: W and R commute, so that the next R is W R W, and the factors of several
-steps can be gathered in Q = ... W W before they meet X: products of n x n matrices, all symmetric
-(products.py), instead of n x m. Rounding spoils the small eigenvalues of R as they grow, so after
-every second step X <- Q X and R are made anew; with three steps in between, spectra like 1/i came
-out several times too long. R also gives a tight bound of the largest singular value, |R|_F^(1/2),
-which saves the two steps that the Frobenius norm of X costs on flat spectra.
+needs X only through R: W and R commute, so the next R is W R W, and the factors of several steps
+collect in Q = ... W W before they multiply X: matmuls of n x n matrices, all symmetric
+(symmetric.py), instead of n x m. Rounding spoils the small eigenvalues of R as they grow, so
+X <- Q X and R are computed anew after every second step; with three steps in between, spectra like
+1/i came out several times too long. R also bounds the largest singular value tightly by
+|R|_F^(1/2), which saves the two steps that the Frobenius norm of X costs on flat spectra.
 
-Where only the row norms of a tall factor are wanted, LEVERAGE4 does with one restart: at rows of
-spectrum 1/i, 3072 x 768, Aurora's update is then off by 0.6% in half precision, as it is with 12
-quintic steps.
+Where only the row norms of a tall factor are needed, LEVERAGE4 manages with one restart: for a
+3072 x 768 matrix of spectrum 1/i, Aurora's update is then off by 0.6% in half precision, the same
+as with 12 quintic steps.
 
-Half precision is float16: values are scaled into its range, and bfloat16 has 3 bits less.
-FLOPs for m = r n >= 2 n, a symmetric product counted half: (15 + 9 r) n^3, by LEVERAGE4
-(13 + 6 r) n^3; for squares 24 n^3. 12 quintic steps have 12 (4 r + 2) n^3.
+Half precision is float16: the values are scaled into its range, and bfloat16 has 3 bits less.
+FLOPs for m = r n >= 2 n, with a symmetric matmul counted half: (15 + 9 r) n^3, with LEVERAGE4
+(13 + 6 r) n^3; for squares 24 n^3. 12 quintic steps take 12 (4 r + 2) n^3.
 Source: Gram Newton-Schulz (dao-lab.ai/blog/2026/gram-newton-schulz); aurora.md 4.
 """
 
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .products import symmetric_product
+from .symmetric import symmetric_matmul
 
 # Minimax quintics (Remez) for singular values in [1e-3, 1], one after the other on the range that
 # the last one left; each but the last takes arguments 1% beyond its range, for rounding. Ends in
@@ -51,7 +51,7 @@ LEVERAGE4 = (  # degrees 5, 9, 9, 9, made the same way for [2e-3, 1]; ends in 0.
 
 
 def length(X: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
-    """Euclidean norm along `dim`, which is kept, for any scale: no square overflows or vanishes."""
+    """Return the Euclidean norm along `dim`, which is kept. No square overflows or vanishes."""
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     if X.is_mps:  # has no float64
         largest = X.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
@@ -59,41 +59,46 @@ def length(X: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
     return X.double().square().sum(dim=dim, keepdim=True).sqrt().to(X.dtype)
 
 
-def polynomial(numbers: Sequence[float | Tensor], R: Tensor) -> Tensor:
-    """a I + b R + c R^2, one product; with d R^3 + e R^4 two: T = R^2 + p R + q I, and e T^2."""
-    if len(numbers) == 3:
-        a, b, c = numbers
-        return symmetric_product(R, R, R, alpha=c, beta=b, gamma=a)
-    a, b, c, d, e = numbers
+def polynomial(coefficients: Sequence[float | Tensor], R: Tensor) -> Tensor:
+    """Return a I + b R + c R^2 by one matmul, or with d R^3 + e R^4 by two.
+
+    The second takes T = R^2 + p R + q I and e T^2.
+    """
+    if len(coefficients) == 3:
+        a, b, c = coefficients
+        return symmetric_matmul(R, R, R, alpha=c, beta=b, gamma=a)
+    a, b, c, d, e = coefficients
     p = d / (2 * e)
     q = (c / e - p * p) / 2
-    T = symmetric_product(R, R, R, alpha=1.0, beta=p, gamma=q)
-    return symmetric_product(T, T, R, alpha=e, beta=b - 2 * e * p * q, gamma=a - e * q * q)
+    T = symmetric_matmul(R, R, R, alpha=1.0, beta=p, gamma=q)
+    return symmetric_matmul(T, T, R, alpha=e, beta=b - 2 * e * p * q, gamma=a - e * q * q)
 
 
 def gram_polar(X: Tensor, steps: tuple = EXPRESS6) -> Tensor:
-    """Polar factors of X (k, m, n), |X|_F <= 8, in the type of X: float16, float32 or float64.
+    """Return the polar factors of X (k, m, n), |X|_F <= 8, in its type: float16, 32 or 64.
 
-    X is no part of a larger tensor (compiled code would lose the offset).
+    X must not be part of a larger tensor: compiled code would lose the offset.
     """
-    if torch.compiler.is_compiling():  # one X in memory, not one for each product that reads it
+    if (
+        torch.compiler.is_compiling()
+    ):  # keeps one X in memory, not one for each matmul that reads it
         X = X.as_strided(X.shape, X.stride())
-    if X.stride(-2) == 1 < X.stride(-1):  # as it lies in memory: nothing is written crosswise
+    if X.stride(-2) == 1 < X.stride(-1):  # keeps the memory order: nothing is written transposed
         return gram_polar(X.mT, steps).mT
     tall = X.size(-2) > X.size(-1)
-    gather = 2 if max(X.shape[-2:]) >= 2 * min(X.shape[-2:]) else 1  # steps; in squares no gain
+    collected = 2 if max(X.shape[-2:]) >= 2 * min(X.shape[-2:]) else 1  # no gain for squares
     A, Q = X.mT if tall else X, None
-    R = symmetric_product(A, A)
+    R = symmetric_matmul(A, A)
     wide = R.to(torch.promote_types(X.dtype, torch.float32))
     s = wide.norm(dim=(-2, -1)).clamp_min(1e-3).rsqrt()  # 1 / a bound of the singular values
-    for step, numbers in enumerate(steps, 1):
-        if step == 1:  # of s X, which is never written: this W takes R for s^2 R, and X for s X
-            numbers = [number * s ** (2 * k + 1) for k, number in enumerate(numbers)]
-        W = polynomial(numbers, R)
-        Q = W if Q is None else symmetric_product(Q, W)
-        if step % gather:
-            R = symmetric_product(symmetric_product(W, R), W)
+    for step, coefficients in enumerate(steps, 1):
+        if step == 1:  # s X is never written: this W takes R for s^2 R, and X for s X
+            coefficients = [c * s ** (2 * k + 1) for k, c in enumerate(coefficients)]
+        W = polynomial(coefficients, R)
+        Q = W if Q is None else symmetric_matmul(Q, W)
+        if step % collected:
+            R = symmetric_matmul(symmetric_matmul(W, R), W)
             continue
         A, Q = (A.mT @ Q).mT if tall else Q @ A, None
-        R = symmetric_product(A, A) if step < len(steps) else R
+        R = symmetric_matmul(A, A) if step < len(steps) else R
     return A.mT if tall else A

@@ -1,7 +1,8 @@
 """Polar factors of stacks of matrices: U = X (X^T X)^(-1/2), the nearest orthogonal matrix.
 
-Orthogonal means orthonormal columns of a tall matrix, rows of a wide one. Not here: what
-is done with U (see muon.py, aurora.py) and who computes it (slot.py).
+A tall matrix is orthogonal if its columns are orthonormal, a wide one if its rows are. Muon is
+Nesterov momentum, then this. FLOPs of an m x n matrix, m >= 2 n: 9 m n^2 + 15 n^3 with gram6 and
+24 n^3 for squares (gram.py); 4 m n^2 + 2 n^3 for each step of the other methods.
 """
 
 from math import nan
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .gram import EXPRESS6, gram_polar, length
+from .symmetric import symmetric_obstacle
+from .technique import Technique
 
 # Odd polynomials a s + b s^3 + c s^5 that drive singular values in (0, 1] to 1, one (a, b, c) for
 # each step. QUINTIC: p(1) = 1, p'(1) = 0, slope 2 at 0. CUBIC_END: p'(1) = p''(1) = 0 as well.
@@ -36,12 +39,12 @@ EXPRESS8 = (  # the paper's list, before its safety factor of 1.01
 
 
 def with_safety(steps: tuple, factor: float) -> tuple:
-    """Steps that accept singular values up to `factor`: rounding may carry one beyond 1."""
+    """Return steps that accept singular values up to `factor`: rounding may lift one beyond 1."""
     scaled = [(a / factor, b / factor**3, c / factor**5) for a, b, c in steps[:-1]]
     return (*scaled, steps[-1])
 
 
-NORM = 8.0  # Frobenius norm of what is factored: keeps entries above the denormals of float16
+NORM = 8.0  # Frobenius norm of the scaled X: keeps entries above the denormals of float16
 POLAR = {  # by name: largest singular value that may enter, steps; "exact" is the SVD
     "quintic12": (1.0, (QUINTIC,) * 12),
     "jordan5": (1.0, (JORDAN,) * 5),
@@ -54,8 +57,11 @@ POLAR = {  # by name: largest singular value that may enter, steps; "exact" is t
 
 
 def entry_type(method: str, dtype: torch.dtype, X: Tensor) -> torch.dtype:
-    """The type in which `factor` takes X. gram6 needs more than bfloat16, and takes float16; on
-    the CPU, which is slow in half precision, float32."""
+    """Return the type in which `factor` takes X.
+
+    gram6 needs more than bfloat16 has: it computes in float16, on the CPU in float32, as CPUs are
+    slow in half precision.
+    """
     if method != "gram6":
         return torch.promote_types(X.dtype, torch.float32)
     if dtype == torch.bfloat16:
@@ -64,12 +70,12 @@ def entry_type(method: str, dtype: torch.dtype, X: Tensor) -> torch.dtype:
 
 
 def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Polar factor of every matrix of a stack, by one of POLAR's methods.
+    """Return the polar factor of every matrix of a stack, by one of POLAR's methods.
 
-    X: (k, m, n) or (m, n), any scale; returns the same shape in `dtype`, the type of the products.
-    12 quintic steps lift singular values from 4.6e-4 of the Frobenius norm to within 1% of 1,
-    express8 from 3.2e-4; docs/optimizers.md has a table. A zero matrix stays zero. FLOPs of a step:
-    (4r + 2) s^3, with s the short side and r s the long one.
+    X is (k, m, n) or (m, n), of any scale; the result has its shape, in `dtype` (gram6: in
+    entry_type), in which the matmuls are computed. A zero matrix stays zero. 12 quintic steps lift
+    singular values from 4.6e-4 of the Frobenius norm to within 1% of 1, express8 from 3.2e-4;
+    docs/optimizers.md has a table.
     """
     if X.ndim == 2:
         return polar(X[None], method, dtype)[0]
@@ -79,7 +85,7 @@ def polar(X: Tensor, method: str = "quintic12", dtype: torch.dtype = torch.bfloa
 
 
 def factor(X: Tensor, norm: float | Tensor, method: str, dtype: torch.dtype) -> Tensor:
-    """polar of X (k, m, n) of that entry_type, of Frobenius norm `norm` <= NORM."""
+    """Return the polar factor of X (k, m, n), in its entry_type and of norm `norm` <= NORM."""
     if method not in POLAR:
         raise ValueError(f"unknown polar method {method!r}, choose one of {', '.join(POLAR)}")
     if method == "gram6":
@@ -90,16 +96,44 @@ def factor(X: Tensor, norm: float | Tensor, method: str, dtype: torch.dtype) -> 
     X = ((X.mT if tall else X) * (largest / norm)).to(dtype)
     for a, b, c in steps:
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2, inside the product's epilogue
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2, in the epilogue
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return X.mT if tall else X
 
 
 def exact_polar(X: Tensor) -> Tensor:
-    """By the SVD, in float64 where the device has it; directions without a length stay zero."""
+    """Return the polar factor by the SVD, in float64 except on MPS. Null directions stay zero."""
     broken = ~X.isfinite().all(dim=(-2, -1), keepdim=True)
-    X = X.masked_fill(broken, 0)  # the SVD of these is an error; their factor is nan
+    X = X.masked_fill(broken, 0)  # the SVD would fail; the result is nan
     U, sigma, Vh = torch.linalg.svd(X if X.is_mps else X.double(), full_matrices=False)
     floor = torch.finfo(X.dtype).eps * max(X.shape[-2:]) * sigma[..., :1]
     alive = X.any(dim=-1, keepdim=True) & X.any(dim=-2, keepdim=True)  # zero rows stay zero
     return ((U * (sigma > floor)[..., None, :] @ Vh).to(X.dtype) * alive).masked_fill(broken, nan)
+
+
+class Polar(Technique):
+    """U <- polar(U): orthogonalised momentum, if momentum came before.
+
+    Hyperparameters: polar (a name in POLAR; track_3#36 has quintic12) and dtype, the type of the
+    matmuls (gram6 takes float16 where this is bfloat16).
+    """
+
+    defaults = dict(polar="gram6", dtype=torch.bfloat16)
+    choices = {"polar": POLAR}
+
+    def before(self, U: Tensor, W: Tensor, state: dict, group: dict) -> Tensor:
+        return polar(U, group["polar"], group["dtype"])
+
+    def cost(self, shape: torch.Size, group: dict) -> float:
+        return max(shape) * min(shape) ** 2
+
+    def kernel(self, weight: Tensor, group: dict) -> str:
+        if group["polar"] != "gram6":
+            return ""
+        entry = entry_type("gram6", group["dtype"], weight)
+        obstacle = symmetric_obstacle(weight.device, entry, *weight.shape[-2:])
+        return (
+            f"symmetric matmuls in PyTorch: {obstacle}"
+            if obstacle
+            else "symmetric matmuls in Triton"
+        )

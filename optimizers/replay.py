@@ -2,18 +2,16 @@
 
 Launching the kernels of a step takes the CPU longer than the GPU needs to run them. A graph is
 recorded once, from the same compiled code, on tensors that stay where they are: weights and state
-live in the slot, gradients are found by a table of addresses (gather.py), and hyperparameters are
-read from 0-D tensors on the GPU. Whatever else changes (a tensor that moved, another method)
-records anew.
+live in the slot, gradients are copied into a buffer that all parts share, and hyperparameters are
+read from 0-D tensors on the GPU. Any other change (a tensor that moved, another method) records
+anew.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-
-from .gather import Sources, readable
 
 
 class Numbers:
@@ -24,6 +22,7 @@ class Numbers:
         self.tensors: dict[str, Tensor] = {}
 
     def of(self, group: dict, names: list[str], device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors that hold these hyperparameters, brought up to date."""
         for name in names:
             value = group[name]
             if name not in self.tensors or self.tensors[name].device != device:
@@ -39,35 +38,31 @@ class Numbers:
 
 
 class Replay:
-    """maths(weights, source, state, group, kind) on a GPU: run once, recorded, then replayed.
+    """maths(weights, grads, state, group) on a GPU: run once, recorded, then replayed.
 
-    `source` and `kind` are what Sources makes of the gradients, which may be anywhere. All tensors
-    among the other arguments must keep their addresses from call to call, and hold the next
-    values; where they do not, or another argument changed, that call runs and is recorded again.
+    All tensors among the arguments must keep their addresses from call to call, and hold the next
+    values; if one does not, or another argument changed, that call runs and is recorded again.
     """
 
     pool: tuple[int, int] | None = None  # one for all graphs: they never run side by side
     alive: WeakSet = WeakSet()  # a pool without graphs takes no new ones
 
     def __init__(self, maths: Callable) -> None:
-        self.maths, self.sources = maths, Sources()
+        self.maths = maths
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.known: list | None = None  # of the arguments that it was recorded with
+        self.known: list | None = None  # the arguments with which it was recorded
 
-    def __call__(self, weights: Tensor, grads: Iterable[Tensor], state: dict, group: dict) -> None:
-        grads = [readable(grad) for grad in grads]  # held until what reads them is launched
-        source, kind = self.sources.of(grads, weights)
-        held = (weights, source, kind, *state.values(), *group.values())
+    def __call__(self, weights: Tensor, grads: Tensor, state: dict, group: dict) -> None:
+        held = (weights, grads, *state.values(), *group.values())
         known = [(x.data_ptr(), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in held]
         if self.graph is not None and known == self.known:
             self.graph.replay()
             return
-        inputs = weights, source, state, group, kind
-        self.maths(*inputs)  # compiles, and does the step
+        self.maths(weights, grads, state, group)  # compiles, and does the step
         self.graph, graph = None, torch.cuda.CUDAGraph()
         if Replay.pool is None or not Replay.alive:
             Replay.pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            self.maths(*inputs)  # is recorded, and does nothing
+            self.maths(weights, grads, state, group)  # is recorded, and does nothing
         self.graph, self.known = graph, known
         Replay.alive.add(graph)

@@ -1,72 +1,80 @@
 """The optimizer slot: everything about a matrix optimizer that is not its maths.
 
-A matrix optimizer subclasses `MatrixOptimizer` and writes one method, `update`, on stacks of
+A matrix optimizer subclasses `MatrixOptimizer` and lists its techniques, which see stacks of
 equal-shaped matrices. The slot buckets parameters by shape, deals whole matrices to ranks by cost
 (largest first), sums gradients over ranks, steps the owned matrices and gathers the results.
 One step, three loops:
 
-    1. for each piece of a bucket: launch the reduce_scatter of its gradients to their owners;
+    1. for each piece of a bucket: launch the reduce-scatter of its gradients to their owners;
        before_last_backward() lets that happen during the backward pass
-    2. for each bucket: update the owned matrices, each part after its gradients have been waited
-       for, and launch the all_gather of the weights
+    2. for each bucket: step the owned matrices, each part once its gradients have arrived, and
+       launch the all-gather of the weights
     3. for each bucket: wait for it
 
-The parameters of a bucket are views of one buffer, each rank's side by side: what is updated and
-gathered is in place. A parameter that was moved elsewhere (p.data = ...) is brought back. Compiled
-on a GPU, each part is replayed as a CUDA graph (replay.py): state stays in place, too.
+The parameters of a bucket are views of one buffer, with each rank's matrices side by side: updates
+and gathers happen in place. A parameter that was moved elsewhere (p.data = ...) is brought back.
+Compiled on a GPU, each part is replayed as a CUDA graph (replay.py): its state stays in place, too.
 
 Momentum lives on the owner only (ZeRO-1). Without a process group the same code runs without
-collectives. Inputs and Work handles of asynchronous collectives are held until waited for.
-`state_dict` gathers the state of all matrices on every rank: any number of ranks can load it.
+collectives. `state_dict` gathers the state of all matrices on every rank, so that any number of
+ranks can load it.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .averages import Around
 from .buckets import Bucket, even_parts, owners_by_cost
 from .checks import check_names, check_values
-from .collectives import all_gather, grouped
-from .gather import gather
-from .reducer import Reducer
+from .reducer import Reducer, all_gather, grouped
 from .replay import Replay
+from .technique import Schedule, Technique
 
-# What a parameter group may carry besides hyperparameters; the last two are torch's.
+# Keys of a parameter group besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
-# Of fp32 gradients stacked and stepped at a time: half of the largest bucket of the 124M model, so
-# that a step needs little beyond it and batched products still fill the device (issue 4). Tall and
-# square parts side by side, on two streams, gained nothing on an H100: kernels slowed each other.
-# Of larger models an eighth of the largest bucket: each part is recorded, which takes time.
+# fp32 gradients that are staged and stepped at a time: half of the 124M model's largest bucket, so
+# that a step needs little memory beyond it and batched matmuls still fill the GPU. Tall and square
+# parts on two streams gained nothing on an H100: their kernels slowed each other down. In larger
+# models a part is an eighth of the largest bucket, as recording each part takes time.
 PART_BYTES, PARTS = 60 * 2**20, 8
 
 
-def nesterov(grad: Tensor, state: dict, momentum: float | Tensor) -> Tensor:
-    """m <- mu m + (1 - mu) g, then (1 - mu) g + mu m; `grad` itself is not touched."""
-    buffer = state["momentum"].lerp_(grad, 1 - momentum)
-    return grad.lerp(buffer, momentum)
-
-
 class MatrixOptimizer(torch.optim.Optimizer):
-    """Base of all matrix optimizers: W <- decay(W) - lr * scale * update(grad).
+    """Base of all matrix optimizers: a list of techniques (technique.py), stepped on all ranks.
+
+    A subclass lists `techniques` and may set `defaults`, which override theirs; `around` lists
+    techniques on all weights of a model, `schedules` functions (step, steps) -> factor of a
+    hyperparameter (both need whole.py's ModelOptimizer). Instead of techniques that act before the
+    step it may define `update` and `init_state`.
 
     Args:
         params: 2-D parameters, or groups of them (dicts with "params", optional "name" and
             "neuron_axis", and any hyperparameter of `defaults`); also (name, parameter) pairs.
         reduce: True: gradients differ by rank and the slot sums them. False: they are already
             reduced (DDP), the slot only shares the work.
-        reduce_dtype: in which gradients travel and are summed; None: their own. torch.bfloat16
-            halves the bytes and rounds every partial sum to 8 bits.
-        compile: compile the update of each bucket; None: on CUDA, where it is worth it.
+        reduce_dtype: the type in which gradients travel and are summed; None: their own.
+            torch.bfloat16 halves the bytes and rounds every partial sum to 8 bits.
+        compile: compile the update of each bucket; None: on CUDA, where it pays.
         hyperparameters: as in `defaults` of the class; an unknown one raises ValueError.
     """
 
-    defaults = dict(lr=0.02, weight_decay=0.0, momentum=0.95)
+    techniques: tuple[Technique, ...] = ()
+    around: tuple[Around, ...] = ()
+    schedules: dict[str, Schedule] = {}
+    defaults: dict = dict(lr=0.02)  # subclasses: those of the techniques, then their own
     choices: dict = {}  # hyperparameter: the values that it may have
     least: dict = {}  # hyperparameter: its least value, where that is not 0
-    worth_compiling = True  # False where unrolled loops would compile for minutes
+
+    def __init_subclass__(cls, **keywords) -> None:
+        super().__init_subclass__(**keywords)
+        for name in ("defaults", "choices", "least"):
+            own = getattr(cls, "_own_" + name, {}) | cls.__dict__.get(name, {})
+            merged = dict(lr=0.02) if name == "defaults" else {}
+            for technique in cls.techniques:
+                merged |= getattr(technique, name)
+            setattr(cls, "_own_" + name, own)
+            setattr(cls, name, merged | own)
 
     def __init__(
         self,
@@ -78,51 +86,56 @@ class MatrixOptimizer(torch.optim.Optimizer):
         **hyperparameters,
     ) -> None:
         self._buckets: list[Bucket] = []
-        self._reducer = Reducer([], reduce_dtype)
+        self._reducer, self._others = Reducer([], reduce_dtype), []
+        self._staging: dict[tuple, Tensor] = {}  # by type and device: gradients of one part
         self._known = {**type(self).defaults}
         check_names(type(self), hyperparameters)
         self.reduce, self.reduce_dtype = reduce, reduce_dtype
         self.world_size = dist.get_world_size() if grouped() else 1
         self.rank = dist.get_rank() if grouped() else 0
         super().__init__(params, {**self._known, **hyperparameters})
-        on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
-        self.compiled = on_cuda and self.worth_compiling if compile is None else compile
+        on_cuda = any(p.is_cuda for p in self._parameters())
+        pays = on_cuda and all(technique.worth_compiling for technique in self.techniques)
+        self.compiled = pays if compile is None else compile
         self._maths = self._step_weights
         if self.compiled:
             self._maths = torch.compile(self._step_weights, dynamic=False, fullgraph=True)
 
-    # ---- the seam: what an optimizer writes -------------------------------------------------
+    # ---- the seam: the maths ----------------------------------------------------------------
 
-    def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-        """Direction of a stack: grad (k, m, n) -> (k, m, n); `grad` is never changed.
+    def update(self, U: Tensor, W: Tensor, state: dict, group: dict) -> Tensor:
+        """Return the update of a stack from its gradients U and weights W, all (k, m, n).
 
-        `state` may be changed, in place: its tensors are views of the state of a larger stack.
+        The caller subtracts lr times the result. Change `state` in place only: its tensors are
+        views of the state of a larger stack.
         """
-        raise NotImplementedError
-
-    def scale(self, direction: Tensor, weight: Tensor, group: dict) -> float | Tensor:
-        """Factor of the direction, broadcast against (k, m, n)."""
-        return max(1.0, weight.size(-2) / weight.size(-1)) ** 0.5
-
-    def decay(self, weight: Tensor, direction: Tensor, group: dict) -> Tensor:
-        """The weights (k, m, n) after decoupled decay."""
-        return weight * (1 - group["lr"] * group["weight_decay"])
+        for technique in self.techniques:
+            U = technique.before(U, W, state, group).to(W.dtype)
+        return U
 
     def init_state(self, grad: Tensor) -> dict[str, Tensor]:
-        """State of a stack before its first step; leading size k, as in `grad` (k, m, n), zeros."""
-        return {"momentum": torch.zeros_like(grad)}
+        """Return the state of a stack before its first step, like `grad` of leading size k."""
+        state: dict[str, Tensor] = {}
+        for technique in self.techniques:
+            new = technique.init(grad)
+            assert not state.keys() & new.keys(), f"two techniques have a state {sorted(new)}"
+            state |= new
+        return state
 
     def cost(self, shape: torch.Size, group: dict) -> float:
-        """Relative cost of one matrix, for dealing: a polar factor is long side x short side^2."""
-        return max(shape) * min(shape) ** 2
+        """Return the relative cost of one matrix, by which matrices are dealt to ranks."""
+        return shape.numel() + sum(t.cost(shape, group) for t in self.techniques)
 
-    def before_forward(self) -> None:
-        """Called before each step's forward pass (for look-ahead methods)."""
-
-    @contextmanager
-    def readout(self) -> Iterator[None]:
-        """Around validation (for weight averages): may move the weights, must put them back."""
-        yield
+    def _step_weights(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        W = weight.to(grad.dtype)  # bfloat16 would round the decay away
+        U = self.update(grad, W, state, group).to(grad.dtype)
+        V = W
+        for technique in self.techniques:
+            V = technique.decay(V, U, state, group)
+        V = V - group["lr"] * U
+        for technique in self.techniques:
+            V = technique.after(V, W, U, state, group)
+        weight.copy_(V)
 
     # ---- the step ---------------------------------------------------------------------------
 
@@ -145,27 +158,46 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for work, _held in gathers:
             work.wait()
         self._reducer.clear()
-        torch.autograd.graph.increment_version(self._parameters())  # autograd sees what was written
+        torch.autograd.graph.increment_version(self._parameters())  # tells autograd of the writes
 
     def before_last_backward(self) -> None:
-        """Optional, before a step's last backward(): reductions then start while it runs.
+        """Let reductions start during the next backward(), which must be the last of a step.
 
-        All ranks must call it for the same steps and use their parameters in the same order.
+        Optional. All ranks must call it for the same steps and use their parameters in the same
+        order.
         """
         if self._reduces:
             self._reducer.expect()
 
-    def traffic(self) -> dict[str, int]:
-        """Bytes that each rank sends in a step, padding included: to sum gradients, and to gather.
+    def reduce_also(self, others: list[Tensor]) -> None:
+        """Sum the gradients of these parameters as well, in place, in every step.
 
-        Of N ranks, (N - 1) / N of all matrices twice, as rings and direct exchanges both do it.
+        They belong to another optimizer, whose step comes after this one's; list them in the order
+        in which a forward pass uses them.
+        """
+        self._others = others
+        self._reducer = Reducer(self._buckets, self.reduce_dtype, others)
+
+    def kernel(self) -> str:
+        """Return how the maths runs: eager or compiled, and which kernels, for the log."""
+        parts = ["compiled" if self.compiled else "eager"]
+        for bucket in self._buckets:
+            parts += ["CUDA graphs"] * self._records(bucket)
+            parts += [t.kernel(bucket.params[0], self._group(bucket)) for t in self.techniques]
+        return ", ".join(dict.fromkeys(filter(None, parts)))
+
+    def traffic(self) -> dict[str, int]:
+        """Return the bytes that each rank sends in a step to sum gradients and to gather weights.
+
+        Padding is included. N ranks send (N - 1) / N of all matrices twice, as rings and direct
+        exchanges both do.
         """
         found = {"reduce": 0, "gather": 0}
         for bucket in self._buckets:
             like, ranks = bucket.params[0], self.world_size
-            numbers = (ranks - 1) * bucket.slots * like.numel()
-            found["reduce"] += numbers * (self.reduce_dtype or like.dtype).itemsize * self.reduce
-            found["gather"] += numbers * like.dtype.itemsize
+            elements = (ranks - 1) * bucket.slots * like.numel()
+            found["reduce"] += elements * (self.reduce_dtype or like.dtype).itemsize * self.reduce
+            found["gather"] += elements * like.dtype.itemsize
         return found
 
     @property
@@ -173,13 +205,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self.reduce and self.world_size > 1
 
     def reset(self) -> None:
-        """Forgets all state, as if newly built; compiled code and recorded graphs are kept."""
+        """Forget all state, as if newly built; compiled code and recorded graphs are kept."""
         self._reducer.clear()
         for bucket in self._buckets:
             bucket.reset()
 
     def _advance(self, bucket: Bucket) -> None:
-        """Steps the matrices that this rank owns, in parts, last layers first: so they arrive."""
+        """Step the matrices that this rank owns, last layers first: these arrive first."""
         bucket.state = bucket.state or self._new_state(bucket)
         hyperparameters = self._hyperparameters(bucket)
         for part in self._parts(bucket)[::-1]:
@@ -189,74 +221,78 @@ class MatrixOptimizer(torch.optim.Optimizer):
             bucket.received = None
 
     def _parts(self, bucket: Bucket) -> list[tuple[int, int]]:
-        each = bucket.params[0].numel() * bucket.wide.itemsize
+        matrix_bytes = bucket.params[0].numel() * bucket.wide.itemsize
         largest = max(b.params[0].numel() * b.wide.itemsize * len(b.params) for b in self._buckets)
         limit = max(PART_BYTES, largest // (PARTS * self.world_size))
-        return even_parts(len(bucket.owned[self.rank]), each, limit)
+        return even_parts(len(bucket.owned[self.rank]), matrix_bytes, limit)
 
     def _advance_part(self, bucket: Bucket, part: slice, hyperparameters: dict) -> None:
-        """Steps some of the owned matrices; what it stacks makes room for the next."""
+        """Step some of the owned matrices. The next part reuses the room of their gradients."""
         state = {key: value[part] for key, value in bucket.state.items()}
         given, grads, maths = dict(state), self._gradients(bucket, part), self._maths
-        if self._graphs(bucket):
+        if self._records(bucket):
             maths = bucket.replays.setdefault(part.start, Replay(maths))
+            stack = self._stage(bucket, len(grads))
+            torch._foreach_copy_(list(stack), list(grads))
         else:
-            grads = (grads if self._reduces else torch.stack(grads)).to(bucket.wide)
-        inputs = bucket.weights[self.rank, part], grads, state, hyperparameters
+            stack = (grads if self._reduces else torch.stack(grads)).to(bucket.wide)
+        inputs = bucket.weights[self.rank, part], stack, state, hyperparameters
         if self.compiled:
             with torch._dynamo.config.patch(recompile_limit=64):  # one for each shape, 8 by default
                 maths(*inputs)
         else:
             maths(*inputs)
         kept = state.keys() == given.keys() and all(state[key] is given[key] for key in given)
-        assert kept, f"{type(self).__name__}.update must change its state in place"
+        assert kept, f"{type(self).__name__} must change its state in place"
 
-    def _graphs(self, bucket: Bucket) -> bool:
-        """Whether its steps are replayed as CUDA graphs: then what they change stays in place."""
+    def _records(self, bucket: Bucket) -> bool:
+        """True if its steps are replayed as CUDA graphs, which change tensors in place."""
         return self.compiled and bucket.params[0].is_cuda
 
+    def _stage(self, bucket: Bucket, count: int) -> Tensor:
+        """Return room for the gradients of `count` matrices, at the same address in each step."""
+        like, place = bucket.params[0], (bucket.wide, bucket.params[0].device)
+        if place not in self._staging:
+            sizes = [
+                (last - first) * b.params[0].numel()
+                for b in self._buckets
+                if (b.wide, b.params[0].device) == place
+                for first, last in self._parts(b)
+            ]
+            self._staging[place] = torch.empty(max(sizes), dtype=place[0], device=place[1])
+        return self._staging[place][: count * like.numel()].view(count, *like.shape)
+
     def _gradients(self, bucket: Bucket, part: slice) -> Tensor | list[Tensor]:
-        """Of a part of the owned matrices, k of (m, n): one tensor where they were summed here."""
+        """Return the gradients of a part of the owned matrices: a tensor if they were summed."""
         if self._reduces:
             self._reducer.wait(bucket, part.start)
-            return bucket.received[part]  # new in each step: graphs read it as if it were p.grad
+            return bucket.received[part]
         return [bucket.params[i].grad for i in bucket.owned[self.rank][part]]
 
     def _new_state(self, bucket: Bucket) -> dict[str, Tensor]:
         like = bucket.params[0].new_zeros(1, *bucket.params[0].shape, dtype=bucket.wide)
         return bucket.filled(self.init_state(like), len(bucket.owned[self.rank]))
 
-    def _step_weights(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: dict,
-        group: dict,
-        kind: torch.dtype | None = None,
-    ) -> None:
-        if kind is not None:  # recorded: `grad` has the addresses of gradients of this type
-            grad = gather(grad, kind, weight)
-        direction = self.update(grad, state, group).to(grad.dtype)
-        wide = weight.to(direction.dtype)  # decay of a bfloat16 weight would be rounded away
-        direction = direction * self.scale(direction, wide, group)
-        weight.copy_(self.decay(wide, direction, group) - group["lr"] * direction)
+    def _group(self, bucket: Bucket) -> dict:
+        """Return the bucket's hyperparameters."""
+        return {k: bucket.group[k] for k in (*self._known, "neuron_axis") if k in bucket.group}
 
     def _hyperparameters(self, bucket: Bucket) -> dict:
-        """As the maths sees them; compiled, as 0-D tensors: then a new value recompiles nothing."""
-        group = bucket.group
-        chosen = {k: group[k] for k in (*self._known, "neuron_axis") if k in group}
+        """Return them as the maths sees them: compiled, floats are 0-D tensors, so that a new
+        value recompiles nothing."""
+        chosen = self._group(bucket)
         if not self.compiled:
             return chosen
-        numbers = [k for k, default in self._known.items() if isinstance(default, float)]
-        return chosen | bucket.numbers.of(chosen, numbers, bucket.params[0].device)
+        floats = [k for k, default in self._known.items() if isinstance(default, float)]
+        return chosen | bucket.numbers.of(chosen, floats, bucket.params[0].device)
 
     # ---- state, for any number of ranks -------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """As torch's: {"state": {index: {key: tensor}}, "param_groups"}; every rank must call it.
+        """Return {"state": {index: {key: tensor}}, "param_groups"}, as torch's do.
 
-        The state of all matrices, from their owners, on each rank; indices count parameters in the
-        order of the groups. Before the first step "state" is empty.
+        Every rank must call it, and gets the state of all matrices from their owners. Indices
+        count parameters in the order of the groups. Before the first step "state" is empty.
         """
         order = {p: i for i, p in enumerate(self._parameters())}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
@@ -275,7 +311,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return {"state": dict(sorted(state.items())), "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes a state_dict of any number of ranks; each rank keeps what it owns."""
+        """Load a state_dict of any number of ranks; each rank keeps the matrices that it owns."""
         groups, state = state_dict["param_groups"], state_dict["state"]
         found, expected = ([len(g["params"]) for g in some] for some in (groups, self.param_groups))
         if found != expected:
@@ -290,7 +326,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "comes from another optimizer or model"
                 )
         for group, saved in zip(self.param_groups, groups, strict=True):
-            check_values(type(self), group | saved)  # of all groups, before anything changes
+            check_values(type(self), group | saved)  # all groups, before anything changes
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
         self.deal()
@@ -308,7 +344,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    # ---- what may come in -------------------------------------------------------------------
+    # ---- checked input -------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict) -> None:
         check_names(type(self), param_group.keys() - TAGS)
@@ -323,19 +359,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             raise
 
     def deal(self) -> None:
-        """Deals all parameters to ranks, without state; again if hyperparameters were replaced."""
+        """Deal all parameters to ranks, without state; again after hyperparameters changed."""
         buckets: list[Bucket] = []
         for group in self.param_groups:
             check_values(type(self), group)
-            by_kind: dict[tuple, list[Tensor]] = {}
+            alike: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.ndim != 2 or p.numel() == 0:
                     raise ValueError(
                         f"{type(self).__name__} takes matrices, found a parameter of shape "
                         f"{tuple(p.shape)}: give it to torch.optim.AdamW instead"
                     )
-                by_kind.setdefault((p.shape, p.dtype, p.device), []).append(p)
-            buckets += [Bucket(group, params) for params in by_kind.values()]
+                alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            buckets += [Bucket(group, params) for params in alike.values()]
         costs = [self.cost(p.shape, b.group) for b in buckets for p in b.params]
         owners = iter(owners_by_cost(costs, self.world_size))
         for bucket in buckets:
@@ -345,7 +381,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.reset()
         same = {bucket: old for bucket in buckets for old in self._buckets if old.deals_as(bucket)}
         self._buckets = [same.get(bucket, bucket) for bucket in buckets]
-        self._reducer = Reducer(self._buckets, self.reduce_dtype)
+        if len(same) < len(buckets):  # otherwise recorded graphs stay good
+            self._staging = {}
+        self._reducer = Reducer(self._buckets, self.reduce_dtype, self._others)
 
     def _check_gradients(self) -> None:
         for bucket in self._buckets:

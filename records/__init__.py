@@ -1,1 +1,1 @@
-"""Logs in, tables and pictures out; the trainer never imports this package."""
+"""Read logs, write tables and pictures. The trainer imports the writer of logs and no reader."""

@@ -1,19 +1,19 @@
 """`python -m records COMMAND ...`: show, compare, plot, pack and verify runs.
 
-Bad input is one sentence and exit code 2; nothing is written then.
+Bad input ends a command with one sentence and exit code 2, and nothing is written.
 """
 
 import argparse
 import sys
 from importlib import import_module
 
-COMMANDS = {  # name: module with a docstring, add_arguments(parser) and run(args)
+COMMANDS = {  # each module has a docstring, add_arguments(parser) and run(args)
     "show": "records.show",
     "compare": "records.compare",
     "extract": "records.bundle",
     "pack": "records.pack",
     "plot": "records.plot",
-    "report": "records.html",
+    "report": "records.report",
     "verify": "records.verify",
 }
 

@@ -1,6 +1,6 @@
-"""Tables of measurements, from the lines of records/bench/*.jsonl; written by records.report.
+"""Make the tables of measurements from records/bench/*.jsonl; records.pages writes them.
 
-A line is one measurement, newest last; of several of one kind the newest is shown.
+A line is one measurement, and the newest stands last. Tables show the newest line of each setup.
 """
 
 import json
@@ -12,71 +12,56 @@ from records.figures import gpus, look
 from records.table import markdown, number
 
 ORIGIN = (("torch", "torch", ""), ("commit", "commit", ".7"))
-OLDER = {"caches": "-", "graphs": False, "microbatch_rows": 0}  # what the first lines lack
-HOW = {
+OLDER = {"caches": "-", "graphs": False, "microbatch_rows": 0}  # the first lines lack these keys
+COMMANDS = {
     "growth": "python tools/bench_trainer.py --expansions 4 8 16 --widths 768 1024 1536",
     "ranks": "torchrun --standalone --nproc_per_node=2 tools/bench_trainer.py --check-ranks",
 }
-KERNELS = 80  # characters of a kernel's name
-BENCHES = {  # of the README: what tells measurements apart, then a column per (title, key, format)
-    "optimizers": (
-        ("device",),
-        (
-            ("ms per step", "ms", ".2f"),
-            ("rms of sigma - 1", "rms_sigma", ".2g"),
-            ("CV of squared row norms", "row_sq_cv", ".2g"),
-            ("peak MiB", "peak_mib", ".0f"),
-        ),
+NAME_WIDTH = 80  # a kernel's name is cut after so many characters
+OPTIMIZER_MS = ("optimizer (ms)", "optimizer_ms", ".2f")
+README = (  # what tells measurements apart, and a (title, key, format) for each column
+    ("bench", "device", "gpus", "preset", "optimizer"),
+    (
+        ("tokens/s", "tokens_per_s", ",.0f"),
+        ("ms per step", "step_ms", ".2f"),
+        OPTIMIZER_MS,
+        ("peak GiB", "peak_gib", ".1f"),
     ),
-    "trainer": (
-        ("bench", "device", "gpus", "preset", "optimizer"),
-        (
-            ("rows", "microbatch_rows", ".0f"),
-            ("tokens/s", "tokens_per_s", ",.0f"),
-            ("ms per step", "step_ms", ".2f"),
-            ("of these optimizer", "optimizer_ms", ".2f"),
-            ("peak GiB", "peak_gib", ".1f"),
-        ),
-    ),
-}
-FULL = {
+)
+FULL = {  # the same for records/bench/README.md
     "slot": (
-        ("device", "command"),
+        ("device", "shapes"),
         (
             ("shapes", "shapes", ""),
             ("ms per step", "ms", ".2f"),
-            ("slowest", "ms_worst", ".2f"),
+            ("slowest step (ms)", "ms_worst", ".2f"),
             ("first step (s)", "compile_s", ".1f"),
             ("rms of sigma - 1", "rms_sigma", ".2g"),
-            ("to condition 800", "rms_sigma_800", ".2g"),
+            ("same at condition 800", "rms_sigma_800", ".2g"),
             ("CV of squared row norms", "row_sq_cv", ".3g"),
-            ("of real momenta", "real_sq_cv", ".2g"),
+            ("same for real momenta", "real_sq_cv", ".2g"),
             ("peak MiB", "peak_mib", ".0f"),
             *ORIGIN,
         ),
     ),
     "trainer": (
-        (
-            "device",
-            "gpus",
-            "preset",
-            "optimizer",
-            "batch_tokens",
-            "microbatch_rows",
-            "fp8",
-            "graphs",
-            "caches",
-        ),
+        ("device", "gpus", "preset", "optimizer", "batch_tokens", "microbatch_rows", "fp8"),
         (
             ("tokens a step", "batch_tokens", ","),
             ("rows", "microbatch_rows", ".0f"),
             ("tokens/s", "tokens_per_s", ",.0f"),
             ("ms per step", "step_ms", ".2f"),
-            ("of these optimizer", "optimizer_ms", ".2f"),
+            OPTIMIZER_MS,
             ("peak GiB", "peak_gib", ".2f"),
-            ("start (s)", "start_s", ".1f"),
+            *ORIGIN,
+        ),
+    ),
+    "starts": (
+        ("device", "gpus", "optimizer", "caches"),
+        (
+            ("rows", "microbatch_rows", ".0f"),
             ("caches", "caches", ""),
-            ("graphs", "graphs", ""),
+            ("start (s)", "start_s", ".1f"),
             *ORIGIN,
         ),
     ),
@@ -87,42 +72,40 @@ FULL = {
             ("width", "width", ""),
             ("tokens/s", "tokens_per_s", ",.0f"),
             ("ms per step", "step_ms", ".1f"),
-            ("of these optimizer", "optimizer_ms", ".2f"),
+            OPTIMIZER_MS,
             ("share", "optimizer_share", ".1%"),
             ("peak GiB", "peak_gib", ".1f"),
             *ORIGIN,
         ),
     ),
 }
-MATRIX_BYTES = 84_934_656 * 4  # fp32, of the 72 matrices of the 124M model (aurora.md 5)
+MATRIX_BYTES = 84_934_656 * 4  # the 72 matrices of the 124M model in fp32
 RANKS = (
     ("tokens a step", "batch_tokens", ","),
     ("tokens/s", "tokens_per_s", ",.0f"),
+    ("on one GPU", "one_gpu", ",.0f"),
     ("of linear", "of_linear", ".1%"),
-    ("ms per step", "step_ms", ".2f"),
-    ("of these optimizer", "optimizer_ms", ".2f"),
-    ("exposed communication", "comm_ms", ".2f"),
+    ("exposed communication (ms)", "comm_ms", ".2f"),
     ("MB sent per rank", "megabytes", ",.1f"),
-    ("aurora.md 5", "predicted", ",.1f"),
-    ("steps", "steps", ""),
-    ("ranks agree", "ranks_agree", ""),
+    ("without padding", "unpadded", ",.1f"),
     ("commit", "commit", ".7"),
 )
+MOST_COMMANDS = 4  # of a table; of more, the page names the file that has them
 
 
 def newest(
     path: Path, keys: tuple[str, ...], bench: str, keep: Callable[[dict], bool] = bool
 ) -> list[dict]:
-    """The last kept line of a bench in a JSONL file for each value of `keys`, sorted by them."""
+    """Return the last kept line of a bench for each value of `keys`, sorted by them."""
     found: dict[tuple, dict] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for place, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            told = OLDER | entry
-            told["fp8"] = "--fp8" in told.get("command", "")
+            facts = OLDER | entry
+            facts["fp8"] = "--fp8" in facts.get("command", "")
             if entry["bench"] == bench and keep(entry):
-                found[tuple(told[key] for key in keys)] = entry
+                found[tuple(facts[key] for key in keys)] = entry
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} line {place}: found '{line[:80]}', expected a JSON object "
@@ -132,7 +115,7 @@ def newest(
 
 
 def is_plain(entry: dict, more: frozenset = frozenset()) -> bool:
-    """Measured at the preset's own settings, the optimizer apart."""
+    """True if a line was measured at the preset's own settings, with any optimizer."""
     flags = {word for word in entry["command"].split() if word.startswith("--")} - more
     return flags <= {
         "--standalone",
@@ -146,13 +129,10 @@ def is_plain(entry: dict, more: frozenset = frozenset()) -> bool:
     }
 
 
-def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False) -> str:
-    """A row for each entry, or for each of its rows, and the commands that made them.
-
-    brief: a word about them, for the README.
-    """
+def rows_of(entries: list[dict], columns: tuple, bench: str, made_by: str = "") -> str:
+    """Return a table with a row for each entry (or each of its rows), and what made it."""
     if not entries:
-        return f"not measured yet: run `{HOW.get(bench, f'python tools/bench_{bench}.py')}`\n"
+        return f"not measured yet: run `{COMMANDS.get(bench, f'python tools/bench_{bench}.py')}`\n"
     rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
     cells = [
         [
@@ -163,68 +143,75 @@ def rows_of(entries: list[dict], columns: tuple, bench: str, brief: bool = False
         ]
         for row in rows
     ]
-    commands = ", ".join(dict.fromkeys(f"`{entry['command']}`" for entry in entries))
-    page = f"`tools/bench_{bench}.py` ([commands and commits](records/bench/README.md))"
+    commands = list(dict.fromkeys(f"`{entry['command']}`" for entry in entries))
+    if len(commands) > MOST_COMMANDS:
+        commands = ["`tools/bench_trainer.py`; [trainer.jsonl](trainer.jsonl) has all commands"]
     table = markdown(["optimizer", "GPUs", *(title for title, _, _ in columns)], cells)
-    return f"{table}\nMade by {page if brief else commands}.\n"
+    return f"{table}\nMade by {made_by or ', '.join(commands)}.\n"
 
 
-def bench_table(root: Path, bench: str) -> str:
-    """README: the newest measurement of each kind at a preset's own settings."""
-    keys, columns = BENCHES[bench]
-    entries = newest(root / f"records/bench/{bench}.jsonl", keys, bench, is_plain)
-    return rows_of(entries, columns, bench, brief=True)
+def readme_table(root: Path) -> str:
+    """Return a table for the README: the newest measurements at a preset's own settings."""
+    keys, columns = README
+    entries = newest(root / "records/bench/trainer.jsonl", keys, "trainer", is_plain)
+    page = "`tools/bench_trainer.py` ([commands and commits](records/bench/README.md))"
+    return rows_of(entries, columns, "trainer", page)
 
 
-def full_table(root: Path, bench: str, kind: str) -> str:
-    """The newest measurement of each kind, with more columns."""
-    keys, columns = FULL[kind]
-    name = "growth" if kind == "growth" else bench  # trainer.jsonl has both
-    entries = newest(root / f"records/bench/{bench}.jsonl", keys, name)
+def full_table(root: Path, bench: str, table: str) -> str:
+    """Return the newest measurement of each setup, with more columns than the README has."""
+    keys, columns = FULL[table]
+    name = "growth" if table == "growth" else bench  # trainer.jsonl has both
+
+    def keep(entry: dict) -> bool:
+        return entry["commit"] != "unknown" and (table != "starts" or "caches" in entry)
+
+    entries = newest(root / f"records/bench/{bench}.jsonl", keys, name, keep)
     return rows_of(entries, columns, name)
 
 
 def ranks_table(root: Path) -> str:
-    """What N GPUs do in the time of one at the same commit, and what communication costs."""
-    keys = ("device", "optimizer", "batch_tokens", "commit", "gpus")
-    keep = partial(is_plain, more=frozenset({"--batch-tokens"}))
-    entries = newest(root / "records/bench/trainer.jsonl", keys, "trainer", keep)
-    kinds = [tuple(entry[key] for key in keys[:4]) for entry in entries]
-    alone = {
-        kind: e["tokens_per_s"] for kind, e in zip(kinds, entries, strict=True) if e["gpus"] == 1
-    }
+    """Compare the newest measurement on N GPUs with one GPU at the same commit."""
+    path, setup = root / "records/bench/trainer.jsonl", ("device", "optimizer", "batch_tokens")
+    plain = partial(is_plain, more=frozenset({"--batch-tokens"}))
+
+    def at(entry: dict) -> tuple:
+        return tuple(entry[key] for key in (*setup, "commit"))
+
+    every = newest(path, (*setup, "commit", "gpus"), "trainer", plain)
+    one_gpu = {at(entry): entry["tokens_per_s"] for entry in every if entry["gpus"] == 1}
+
+    def keep(entry: dict) -> bool:
+        is_complete = plain(entry) and "bytes_per_rank" in entry
+        return is_complete and entry["gpus"] > 1 and at(entry) in one_gpu
+
     rows = []
-    for kind, entry in zip(kinds, entries, strict=True):
-        one, count = alone.get(kind), entry["gpus"]
-        if one is None or "bytes_per_rank" not in entry or kinds.count(kind) == 1:
-            continue
+    for entry in newest(path, (*setup, "gpus"), "trainer", keep):
+        one, count = one_gpu[at(entry)], entry["gpus"]
         linear = entry["tokens_per_s"] / (count * one)
         sent, least = entry["bytes_per_rank"] / 1e6, 2 * (count - 1) / count * MATRIX_BYTES / 1e6
-        rows.append(entry | dict(of_linear=linear, megabytes=sent, predicted=least))
+        rows.append(entry | dict(one_gpu=one, of_linear=linear, megabytes=sent, unpadded=least))
     return rows_of(rows, RANKS, "ranks")
 
 
 def kernels_table(root: Path) -> str:
-    """The 15 kernels that took most of a step, of each commit that was profiled."""
-    text = ""
+    """List the 15 kernels that took most of a step in the newest profile."""
     path = root / "records/bench/trainer.jsonl"
-    keys = "device", "optimizer", "commit", "command"
-    entries = [entry for bench in ("profile", "trainer") for entry in newest(path, keys, bench)]
-    for entry in entries:  # "profile": by code that had no --profile
-        if "kernels" not in entry:
-            continue
-        rows = [
-            [f"{ms:.2f}", f"{calls:g}", f"`{kernel[:KERNELS]}`"]
-            for ms, calls, kernel in entry["kernels"]
-        ]
-        text += f"Commit {entry['commit'][:7]}, {look(entry['optimizer'])[0]}, {gpus(entry)}: "
-        text += f"{entry['kernels_ms']:.1f} ms of kernels in a step (`{entry['command']}`).\n\n"
-        text += markdown(["ms a step", "calls", "kernel"], rows) + "\n"
-    return text or "not measured yet: run `python tools/bench_trainer.py --profile 3`\n"
+    entries = newest(path, ("bench",), "trainer", lambda entry: "kernels" in entry)
+    if not entries:
+        return "not measured yet: run `python tools/bench_trainer.py --profile 3`\n"
+    (entry,) = entries
+    rows = [
+        [f"{ms:.2f}", f"{calls:g}", f"`{kernel[:NAME_WIDTH]}`"]
+        for ms, calls, kernel in entry["kernels"]
+    ]
+    text = f"Commit {entry['commit'][:7]}, {look(entry['optimizer'])[0]}, {gpus(entry)}: "
+    text += f"{entry['kernels_ms']:.1f} ms of kernels in a step (`{entry['command']}`).\n\n"
+    return text + markdown(["ms a step", "calls", "kernel"], rows)
 
 
 def exactness_table(root: Path, bench: str) -> str:
-    """The newest rows of each device and command, as tools/exactness.py wrote them."""
+    """Return the newest rows of each device and command, as tools/exactness.py wrote them."""
     keys, command = ("bench", "device", "command"), "python tools/exactness.py"
     text = ""
     for entry in newest(root / "records/bench/exactness.jsonl", keys, bench):
@@ -236,11 +223,11 @@ def exactness_table(root: Path, bench: str) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "bench_optimizers": partial(bench_table, bench="optimizers"),
-    "bench_trainer": partial(bench_table, bench="trainer"),
-    "slot": partial(full_table, bench="optimizers", kind="slot"),
-    "trainer": partial(full_table, bench="trainer", kind="trainer"),
-    "growth": partial(full_table, bench="trainer", kind="growth"),
+    "bench_trainer": readme_table,
+    "slot": partial(full_table, bench="optimizers", table="slot"),
+    "trainer": partial(full_table, bench="trainer", table="trainer"),
+    "starts": partial(full_table, bench="trainer", table="starts"),
+    "growth": partial(full_table, bench="trainer", table="growth"),
     "ranks": ranks_table,
     "kernels": kernels_table,
     "polar": partial(exactness_table, bench="polar"),

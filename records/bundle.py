@@ -1,8 +1,8 @@
-"""Give back the source that a log holds: `python -m records extract LOG [--out DIR]`.
+"""Extract the source that a log holds: `python -m records extract LOG [--out DIR]`.
 
-The script above a log's first rule is a tree of files in one: each begins with a line
-`# ==================== path ====================`, and the imports between them stand behind '#| '
-(train_gpt.py's `flatten` writes this). A script without such lines comes back as script.py.
+The script above a log's first rule joins a tree of files: each begins with a line
+`# ==================== path ====================`, and '#| ' comments out the imports between them
+(`flatten` of records/writer.py does this). A script without such lines is written as script.py.
 """
 
 import argparse
@@ -11,16 +11,15 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from records.log import Run, read_runs
-from records.run import FREE
 
 TITLE = re.compile(r"^# ={20} (\S+) ={20}\n", re.MULTILINE)
 START = re.compile(r"^    sys\.exit\(main\((\[.*\] \+ )?sys\.argv\[1:\]\)\)\n\Z", re.MULTILINE)
 
 
 def files_of(script: str) -> dict[str, str]:
-    """Name and text of every file of a script; ValueError where it would leave the folder."""
+    """Split a script into {name: text}; ValueError if a name leads out of the folder."""
     if not script.strip():
-        raise ValueError("the log holds no source; extract needs one that begins with its script")
+        raise ValueError("the log holds no source; expected one that begins with its script")
     head, *parts = TITLE.split(script)
     if head:
         return {"script.py": script}
@@ -34,20 +33,20 @@ def files_of(script: str) -> dict[str, str]:
 
 
 def script_of(run: Run) -> str:
-    """The one file that repeats a run: its arguments are constants in it, others may follow.
+    """Return the one file that repeats a run. Its arguments are constants; more may follow.
 
-    Where a run is made and what it writes (records.run.FREE) is left to the command line.
+    Arguments for the fields that change no loss (Run.free) are left to the command line.
     """
     if not START.search(run.script) or "argv" not in run.meta:
         raise ValueError(
-            f"{run.path}: found a script that does not end as train_gpt.py does or a "
-            "log without its arguments, expected a log of train_gpt.py"
+            f"{run.path}: found a script with another end than train_gpt.py's, or a log without "
+            "its arguments; expected a log of train_gpt.py"
         )
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for name in sorted(FREE):
+    for name in sorted(run.free):
         switch = isinstance(run.meta.get("config", {}).get(name), bool)
         parser.add_argument(
-            f"--{name}",
+            f"--{name.replace('_', '-')}",
             *["--log-file"] * (name == "log"),
             action=(argparse.BooleanOptionalAction if switch else "store"),
         )
@@ -57,7 +56,7 @@ def script_of(run: Run) -> str:
 
 
 def write_folder(folder: Path, files: dict[str, str | bytes]) -> None:
-    """All files or none: they are written beside `folder`, which must not exist, and renamed."""
+    """Write all files or none: `folder` must not exist and appears once it is complete."""
     if folder.exists():
         raise ValueError(f"{folder} exists already: delete it or choose another --out")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +70,7 @@ def write_folder(folder: Path, files: dict[str, str | bytes]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("log", type=Path)
-    parser.add_argument("--out", type=Path, help="new folder, default LOG_source here")
+    parser.add_argument("--out", type=Path, help="new folder (default: LOG_source here)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.log} is a folder, expected one log; name one of those in it")
     out = args.out or Path(f"{args.log.stem}_source")
     if any((parent / "record.json").is_file() for parent in out.resolve().parents):
-        raise ValueError(f"{out} is inside a record, whose files are its own: name another --out")
+        raise ValueError(f"{out} is inside a record and would not belong to it: name another --out")
     files = files_of(read_runs([args.log])[0].script)
     write_folder(out, files)
     print(f"{len(files)} files in {out}: {', '.join(files)}")

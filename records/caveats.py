@@ -1,20 +1,20 @@
-"""What a reader has to know before believing a comparison of groups of runs."""
+"""Collect the caveats of a comparison between groups of runs."""
 
 from collections import Counter
 from hashlib import sha256
 
 from records.groups import Group
-from records.run import FREE, Run
+from records.run import Run
 from records.show import hardware
 from records.stats import TARGET, extended_until_passed
 
 
 def check_repeats(groups: list[Group]) -> None:
-    """ValueError where one run counts twice: n would be larger than what was measured."""
+    """Raise ValueError if one run counts twice, which would inflate n."""
     seen: dict[tuple, str] = {}
     for one in groups:
-        for each in one.runs:
-            curve, name = tuple(point[:4] for point in each.points), f"{one.name}/{each.name}"
+        for run in one.runs:
+            curve, name = tuple(point[:4] for point in run.points), f"{one.name}/{run.name}"
             if curve in seen:
                 raise ValueError(
                     f"found the same run twice: {seen[curve]} and {name}, expected "
@@ -29,24 +29,25 @@ def check_repeats(groups: list[Group]) -> None:
 
 
 def same_seeds(one: Group) -> str:
-    seeds = [each.seed for each in one.runs if each.seed is not None]
+    """Return which seeds several runs of a group share; empty if none do."""
+    seeds = [run.seed for run in one.runs if run.seed is not None]
     again = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     return ", ".join(f"{seeds.count(seed)} runs of seed {seed}" for seed in again)
 
 
 def warnings(sized: list[tuple[Group, int]], target: float) -> list[str]:
-    """One sentence each; the groups come with the step at which they are read."""
+    """Return one sentence per caveat; each group comes with the step at which it is read."""
     found = []
     for one, step in sized:
-        runs = sorted(one.runs, key=lambda each: (each.seed is None, each.seed or 0))
-        if extended_until_passed([each.loss_at(step) for each in runs], target):
+        runs = sorted(one.runs, key=lambda run: (run.seed is None, run.seed or 0))
+        if extended_until_passed([run.loss_at(step) for run in runs], target):
             found.append(
                 f"{one.name}: the rule holds for {len(runs)} runs and not for the first "
                 f"{len(runs) - 1}; if n was extended until it held, p is larger"
             )
         if again := same_seeds(one):
             found.append(f"{one.name} counts {again}")
-        for status, count in Counter(each.status for each in one.runs).items():
+        for status, count in Counter(run.status for run in one.runs).items():
             if status != "complete":
                 found.append(f"{one.name}: {count} of {len(one.runs)} runs: {status}")
     groups = [one for one, _ in sized]
@@ -69,11 +70,11 @@ def warnings(sized: list[tuple[Group, int]], target: float) -> list[str]:
 
 
 def differences(groups: list[Group]) -> list[str]:
-    """Settings, planned steps and code that are not the same in all runs that state them."""
+    """List the settings, versions and code in which the runs that state them differ."""
     values: dict[str, dict[str, list[str]]] = {}
     for one in groups:
-        for each in one.runs:
-            for key, value in _stated(each).items():
+        for run in one.runs:
+            for key, value in _stated(run).items():
                 seen = values.setdefault(key, {}).setdefault(one.name, [])
                 seen += [] if value in seen else [value]
     return [
@@ -84,25 +85,27 @@ def differences(groups: list[Group]) -> list[str]:
 
 
 def _unknown(groups: list[Group]) -> str:
-    """Of which groups the log does not say everything: nobody can count where they differ."""
-    names = [one.name for one in groups if any("config" not in each.meta for each in one.runs)]
-    kinds = [{*_stated(each)} & {"code", "code (md5)"} for one in groups for each in one.runs]
-    verb = "settings of" if set.intersection(*kinds) else "settings and code of"
+    """Name the groups whose logs lack settings or code: their differences cannot be counted."""
+    names = [one.name for one in groups if any("config" not in run.meta for run in one.runs)]
+    codes = [{*_stated(run)} & {"code", "code (md5)"} for one in groups for run in one.runs]
+    verb = "settings of" if set.intersection(*codes) else "settings and code of"
     return f"{verb} {', '.join(names)} are not known" if names else ""
 
 
-def _stated(each: Run) -> dict[str, str]:
-    config = each.meta.get("config", {})
-    stated = {key: f"{value}" for key, value in config.items() if key not in {*FREE, "steps"}}
-    stated["planned steps"] = f"{config.get('steps', each.total_steps)}"
-    stated["scored metric"] = each.metric
-    stated |= {key: f"{each.meta[key]}" for key in ("torch", "method") if key in each.meta}
-    code = each.meta.get("code_sha256") or (
-        sha256(each.script.encode()).hexdigest() if each.script else ""
+def _stated(run: Run) -> dict[str, str]:
+    """Return the facts of a run that its log states and that a comparison wants to be equal."""
+    stated = {key: f"{value}" for key, value in run.settings.items()}
+    stated["planned steps"] = stated.pop("steps", f"{run.total_steps}")
+    stated["scored metric"] = run.metric
+    stated |= {key: f"{run.meta[key]}" for key in ("torch", "method") if key in run.meta}
+    kernels = run.meta.get("kernels", {})  # which ones ran, for example {"trunk": "plain PyTorch"}
+    stated |= {f"{part} kernels": f"{ran}" for part, ran in kernels.items()}
+    code = run.meta.get("code_sha256") or (
+        sha256(run.script.encode()).hexdigest() if run.script else ""
     )
-    for kind, value in (("code", code), ("code (md5)", each.meta.get("source_md5"))):
-        stated |= {kind: value[:7]} if value else {}
-    for one in each.optim["groups"] if each.optim else []:
+    for code_name, value in (("code", code), ("code (md5)", run.meta.get("source_md5"))):
+        stated |= {code_name: value[:7]} if value else {}
+    for one in run.optim["groups"] if run.optim else []:
         stated |= {
             f"{one['name']}.{key}": f"{value}"
             for key, value in one.items()

@@ -1,8 +1,8 @@
-"""Groups of runs side by side: means, the rules of track 3, Welch's and the paired t-test.
+"""Compare groups of runs: means, the rules of track 3, Welch's t-test and the paired t-test.
 
-A group is a log, a folder, a glob or track_3#N. Each is read at its claimed step, or at the last
-one that all its runs share, or all at --step; a loss there that is NaN or infinite is
-refused. Of each pair the first is old, the second is new.
+A group is a log, a folder, a glob or track_3#N. It is read at --step; without that, at its claimed
+step or at the last step that all its runs share. The loss there must be finite. In each pair the
+group that comes first is the old one.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -24,14 +24,14 @@ from records.stats import (
 )
 from records.table import number, p_value, say
 
-Sized = list[tuple[Group, int]]  # groups, each with the step at which it is read
+Sized = list[tuple[Group, int]]  # each group with the step at which it is read
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("groups", nargs="+", help="log, folder, 'glob' or track_3#N")
+    parser.add_argument("groups", nargs="+", help="a log, a folder, a 'glob' or track_3#N")
     parser.add_argument("--step", type=int, help="read all groups at this step")
-    parser.add_argument("--target", type=float, help="loss to reach, if not that of the logs")
-    parser.add_argument("--markdown", action="store_true", help="for a README")
+    parser.add_argument("--target", type=float, help="the loss to reach (default: the logs' own)")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
 
 def run(args: Namespace) -> None:
@@ -53,6 +53,7 @@ def run(args: Namespace) -> None:
 
 
 def loss_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
+    """Return a header and a row per group: its mean loss and the precision rule."""
     header = [
         "group",
         "step",
@@ -87,8 +88,10 @@ def loss_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]
 
 
 def target_table(groups: list[Group], target: float) -> tuple[list[str], list[list[str]]]:
-    """Interpolated crossings; all that reach count. No interval unless every run
-    was seen to cross, for that would select runs."""
+    """Return the mean of the interpolated crossings of each group.
+
+    A group has no mean unless every run was seen to cross: leaving runs out would select them.
+    """
     header = [
         "group",
         f"runs that reach {target:g}",
@@ -99,7 +102,7 @@ def target_table(groups: list[Group], target: float) -> tuple[list[str], list[li
     ]
     rows = []
     for one in groups:
-        reached = sum(each.crossing(target) is not None for each in one.runs)
+        reached = sum(run.crossing(target) is not None for run in one.runs)
         cells = [one.name, f"{reached} of {len(one.runs)}"]
         for field, form in ((2, ".1f"), (3, ".2f")):
             values = _crossings(one, target, field)
@@ -110,13 +113,13 @@ def target_table(groups: list[Group], target: float) -> tuple[list[str], list[li
 
 
 def _crossings(one: Group, target: float, field: int) -> list[float]:
-    """Exact steps (field 2) or seconds (3) of the runs whose crossing was seen."""
-    found = [crossing[field] for each in one.runs if (crossing := each.crossing(target))]
+    """Return the exact steps (field 2) or seconds (field 3) of all crossings that were seen."""
+    found = [crossing[field] for run in one.runs if (crossing := run.crossing(target))]
     return [value for value in found if not isnan(value)]
 
 
 def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
-    """Differences are old - new, so that a positive one is a gain of the new group."""
+    """Return a row per pair. Differences are old - new, so the new group's gains are positive."""
     header = [
         "new against old",
         "loss gained",
@@ -138,8 +141,8 @@ def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]
         both = paired(_by_seed(old, a), _by_seed(new, b))
         steps = paired(_crossed_by_seed(old, target), _crossed_by_seed(new, target))
         gained = [_gain(old, new, target, field, form) for field, form in ((2, ".1f"), (3, ".2f"))]
-        if len({hardware(each) for each in (*old.runs, *new.runs)}) > 1:
-            gained[1] = "-"  # such seconds do not compare
+        if len({hardware(run) for run in (*old.runs, *new.runs)}) > 1:
+            gained[1] = "-"  # seconds of different hardware do not compare
         rows.append(
             [
                 f"{new.name} against {old.name}",
@@ -170,13 +173,13 @@ def _with_interval(test: Difference, form: str) -> str:
 
 
 def _by_seed(one: Group, losses: list[float]) -> dict[int, float]:
-    """Empty where a seed stands for several runs."""
+    """Map seeds to losses; empty if several runs share a seed."""
     seeds = {} if same_seeds(one) else dict(zip((r.seed for r in one.runs), losses, strict=True))
     return {seed: loss for seed, loss in seeds.items() if seed is not None}
 
 
 def _crossed_by_seed(one: Group, target: float) -> dict[int, float]:
-    """Empty unless every run crosses."""
+    """Map seeds to exact steps; empty unless every run crosses."""
     steps = _crossings(one, target, 2)
     return _by_seed(one, steps) if len(steps) == len(one.runs) else {}
 

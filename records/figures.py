@@ -1,13 +1,13 @@
-"""What all pictures share: who belongs to one group, colours, means with bands, bytes of a file."""
+"""Group runs, choose colours, draw means with bands and render files, for all pictures."""
 
 import io
 import json
 from statistics import fmean, stdev
 from typing import Any
 
-from records.run import FREE, Run
+from records.run import Run
 
-OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colour-blind-safe set)
+OPTIMIZERS = {  # name in the log: label and colour (Okabe and Ito's colour-blind-safe palette)
     "aurora": ("Aurora", "#D55E00"),
     "riemannian": ("Riemannian Aurora", "#E69F00"),
     "muon": ("Muon", "#0072B2"),
@@ -15,27 +15,26 @@ OPTIMIZERS = {  # name in the log: label, colour for good (Okabe and Ito's colou
     "normuon": ("NorMuon", "#009E73"),
     "unormuon": ("U-NorMuon", "#CC79A7"),
 }
-STYLES = ("-", "--", ":", "-.")  # of the first, second ... group of one colour
+STYLES = ("-", "--", ":", "-.")  # groups of one colour take these in turn
 Groups = dict[str, list[Run]]
 
 
 def look(name: str) -> tuple[str, str]:
-    """Label and colour of an optimizer."""
+    """Return the label and the colour of an optimizer."""
     return OPTIMIZERS.get(name, (name, "black"))
 
 
 def gpus(entry: dict) -> str:
-    """As in `2 x H200`, of a log's meta or a measurement."""
+    """Return a text like `2 x H200` for a log's meta or a measurement."""
     count = entry.get("world_size", entry.get("gpus", 1))
     return f"{count} x {entry['device'].removeprefix('NVIDIA ')}"
 
 
-def settings(run: Run) -> dict[str, Any]:
-    """What runs of one group share, their code too; of a public log we know its folder only."""
+def shared_settings(run: Run) -> dict[str, Any]:
+    """Return everything that runs of one group share. A public log is known by its folder only."""
     if "config" not in run.meta:
         return {"optimizer": str(run.path.parent)}
-    config = {key: value for key, value in run.meta["config"].items() if key not in FREE}
-    return config | {
+    return run.settings | {
         "optimizer": run.meta["optimizer"],
         "GPUs": gpus(run.meta),
         "code": run.meta.get("code_sha256", "unknown")[:7],
@@ -43,12 +42,12 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def group_runs(runs: list[Run]) -> Groups:
-    """Label to runs, in order of appearance; a label says the optimizer and what is special."""
+    """Group runs by their settings. A label names the optimizer and the settings that differ."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(json.dumps(settings(run), sort_keys=True), []).append(run)
+        found.setdefault(json.dumps(shared_settings(run), sort_keys=True), []).append(run)
     groups = list(found.values())
-    every = [settings(group[0]) for group in groups]
+    every = [shared_settings(group[0]) for group in groups]
     keys = dict.fromkeys(key for one in every for key in one)
     differ = [key for key in keys if len({json.dumps(one.get(key)) for one in every}) > 1]
     labels = [
@@ -68,9 +67,9 @@ def group_runs(runs: list[Run]) -> Groups:
 
 
 def looks(groups: Groups, band: bool = True) -> dict[str, dict[str, Any]]:
-    """Colour, line style and label of each group: the colour is its optimizer's.
+    """Return the colour (its optimizer's), line style and label of each group.
 
-    The label says what mean_line draws of several runs; without a band, their number.
+    The label explains the band that mean_line draws, or counts the runs if `band` is false.
     """
     found: dict[str, dict[str, Any]] = {}
     rest = [colour for _, colour in OPTIMIZERS.values()]
@@ -86,8 +85,8 @@ def looks(groups: Groups, band: bool = True) -> dict[str, dict[str, Any]]:
 
 
 def new_figure(title: str, columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
-    """A figure with a title, and its panels, row by row."""
-    from matplotlib.figure import Figure  # here: the tables do not need matplotlib
+    """Return a figure with a title, and its panels row by row."""
+    from matplotlib.figure import Figure  # imported here: tables need no matplotlib
 
     figure = Figure(figsize=(4.5 * columns, 4.4 * rows), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=12)
@@ -98,7 +97,7 @@ def new_figure(title: str, columns: int, rows: int = 1) -> tuple[Any, list[Any]]
 
 
 def legend(figure: Any, axes: Any) -> None:
-    """One for the whole figure, below it; in one column where two would be cut off."""
+    """Draw one legend below the whole figure, in one column if two would be cut off."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         columns = 2 if figure.get_figwidth() > 6 else 1
@@ -106,7 +105,7 @@ def legend(figure: Any, axes: Any) -> None:
 
 
 def mean_line(axes: Any, curves: list[dict[float, tuple[float, float]]], style: dict) -> None:
-    """Of curves {step: (x, y)} the mean at the steps that all have, with a band of one sd."""
+    """Draw the mean of curves {step: (x, y)} at their common steps, with a band of one sd."""
     steps = sorted(set.intersection(*map(set, curves)))
     xs, ys = ([[curve[step][i] for curve in curves] for step in steps] for i in (0, 1))
     x, y = list(map(fmean, xs)), list(map(fmean, ys))
@@ -116,11 +115,11 @@ def mean_line(axes: Any, curves: list[dict[float, tuple[float, float]]], style: 
         axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def rendered(figure: Any, kind: str) -> bytes:
-    """The bytes of a png or svg file, without date and version."""
+def rendered(figure: Any, suffix: str) -> bytes:
+    """Return the bytes of a png or svg file without date and version."""
     from matplotlib import rc_context
 
-    stamp = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    stamp = {"Software": None} if suffix == "png" else {"Date": None, "Creator": None}
     with rc_context({"svg.hashsalt": "records"}), io.BytesIO() as file:
-        figure.savefig(file, format=kind, metadata=stamp)
+        figure.savefig(file, format=suffix, metadata=stamp)
         return file.getvalue()

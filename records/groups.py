@@ -1,4 +1,4 @@
-"""Groups of runs as the commands name them: a file, a folder, a glob or track_3#N."""
+"""Find the runs that a command's argument names: a file, a folder, a glob or track_3#N."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from records.run import Run
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that count as repeats of one setup. Published entries have a claimed step."""
+    """Runs that count as repeats of one setup. A published entry has a claimed step."""
 
     name: str
     runs: list[Run]
@@ -21,13 +21,13 @@ class Group:
     published: bool = False
 
     def losses(self, step: int) -> list[float]:
-        """The scored loss of every run at this step; ValueError where one has none or a NaN."""
+        """Return the scored loss of every run at this step; ValueError if one is missing or NaN."""
         for run in self.runs:
             loss = run.loss_at(step)
             if loss is None:
                 raise ValueError(
                     f"{self.name}: {run.name} has no validation at step {step}, "
-                    f"expected one (its last is {run.final.step}); see --step"
+                    f"expected one (its last is {run.final.step}); choose another --step"
                 )
             if not isfinite(loss):
                 raise ValueError(
@@ -37,7 +37,7 @@ class Group:
         return [run.loss_at(step) for run in self.runs]
 
     def last_step(self) -> int:
-        """The claimed step, or the last one at which all runs were validated."""
+        """Return the claimed step, or the last step at which all runs were validated."""
         shared = set.intersection(*({point.step for point in run.points} for run in self.runs))
         if not shared:
             raise ValueError(
@@ -48,7 +48,7 @@ class Group:
 
 
 def group(name: str) -> Group:
-    """ValueError where the name stands for nothing; a trailing / of a folder is dropped."""
+    """Read the runs behind a name, without a folder's trailing /; ValueError if there are none."""
     if not name.strip():
         raise ValueError("found an empty name, expected a log or a folder of logs; name one")
     if name == "track_3" and not Path(name).exists():
@@ -61,12 +61,12 @@ def group(name: str) -> Group:
         return Group(found.label, found.runs, found.steps, published=True)
     paths = sorted(glob(name, recursive=True)) if any(sign in name for sign in "*?[") else [name]
     if not paths:
-        raise ValueError(f"found nothing that matches {name}, expected logs; see the folder")
+        raise ValueError(f"found nothing that matches {name}, expected logs; look into the folder")
     return Group(name.rstrip("/"), read_runs(paths))
 
 
 def target_of(groups: Iterable[Group], wanted: float | None = None) -> float | None:
-    """The one target of all runs, None where no run says; ValueError where they disagree."""
+    """Return the target of all runs, None if no run has one; ValueError if they disagree."""
     if wanted is not None:
         if not isfinite(wanted):
             raise ValueError(f"found --target {wanted}, expected a loss; write a number like 3.28")

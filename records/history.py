@@ -1,4 +1,4 @@
-"""Pictures of the published history of track 3, from records/published/."""
+"""Draw the published history of track 3 from records/published/."""
 
 from datetime import date
 from itertools import accumulate
@@ -10,9 +10,9 @@ from records.stats import precision
 
 
 def draw_history() -> Any:
-    """Claimed steps of each entry over time; the line is the fewest of any record until then.
+    """Draw the claimed steps of each entry over time, with a line at the best record so far.
 
-    A record is hollow where the losses of its runs do not pass the rule.
+    A record's marker is hollow if the losses of its runs do not pass the rule.
     """
     figure, (axes,) = new_figure("Published entries of track 3", 1)
     looks = {
@@ -21,7 +21,7 @@ def draw_history() -> Any:
         "record whose logs fail the rule": ("#D55E00", "o", "white"),
     }
     for label, (colour, marker, fill) in looks.items():
-        some = [pair for pair, kind in _claims() if kind == label]
+        some = [pair for pair, role in _claims() if role == label]
         axes.plot(
             [day for day, _ in some],
             [steps for _, steps in some],
@@ -32,7 +32,7 @@ def draw_history() -> Any:
             label=label,
             zorder=3,
         )
-    records = sorted(pair for pair, kind in _claims() if kind != "no record")
+    records = sorted(pair for pair, role in _claims() if role != "no record")
     axes.plot(
         [day for day, _ in records],
         list(accumulate((n for _, n in records), min)),
@@ -49,7 +49,7 @@ def draw_history() -> Any:
 
 
 def _claims() -> list[tuple[tuple[date, int], str]]:
-    """Date and claimed steps of each entry, and what it is."""
+    """Return the date, the claimed steps and the role of each entry."""
     return [
         (
             (date.fromisoformat(entry.date), entry.steps),
@@ -64,8 +64,8 @@ def _claims() -> list[tuple[tuple[date, int], str]]:
 
 
 def draw_entries() -> Any:
-    """Mean curve of each entry that set a record, from dark to light, and the last one in red."""
-    from matplotlib import colormaps  # here: the tables do not need matplotlib
+    """Draw the mean curve of each entry that set a record: dark to light, the last one in red."""
+    from matplotlib import colormaps  # imported here: tables need no matplotlib
 
     figure, panels = new_figure("Mean loss of the published entries that set a record", 2)
     figure.set_figwidth(12)

@@ -1,9 +1,9 @@
-"""Read logs into `Run`s: ours (the grammar is here) and public ones (records/upstream.py).
+"""Read logs into `Run`s: ours by the grammar below, public ones by records/upstream.py.
 
     script | rule | environment and `meta: {json}` | rule | `step:...` and `word: {json}` lines
 
-A rule is a line of 100 '='. Results are looked for below the last one only: the embedded script
-is full of f-strings that look like results. The writer in train_gpt.py is the definition.
+A rule is a line of 100 '='. Results stand below the last rule only: the embedded script is full of
+f-strings that look like results. records/writer.py writes these logs for the trainer.
 """
 
 import json
@@ -22,7 +22,7 @@ STEP = re.compile(
     r"train_time:(\d{1,15}\.\d+)s step_avg:(\d{1,15}\.\d+|nan)ms"
 )
 NUMBER, MISSING = (int, float), type(None)
-REQUIRED = {  # the words we know and the keys that readers rely on, with their types
+REQUIRED = {  # the words that we know, and the keys that readers rely on with their types
     "meta": {
         "format": int,
         "optimizer": str,
@@ -35,23 +35,23 @@ REQUIRED = {  # the words we know and the keys that readers rely on, with their 
     "target": {"loss": NUMBER, "step": int, "crossing_step": NUMBER},
     "end": {"status": str},
 }
-OPTIONAL = {  # the same of what may be missing
-    "meta": {"torch": str, "code_sha256": str},
+OPTIONAL = {  # the types of keys that may be missing
+    "meta": {"torch": str, "code_sha256": str, "free": list, "kernels": dict},
     "config": {"target": (*NUMBER, MISSING), "steps": int, "batch_tokens": int},
     "groups": {"name": str},
 }
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs of files and folders; a folder counts *.txt and *.log at any depth, in order.
+    """Read the runs of files and of folders, which are searched for *.txt and *.log at any depth.
 
-    Of a folder with record.json, also of one inside, only the files count that its "logs" names.
+    In a folder with record.json, at any depth, only the files that its "logs" names count.
     """
     return [run for path in paths for file in log_files(path) for run in parse_runs(file)]
 
 
 def log_files(path: str | Path) -> list[Path]:
-    """The logs of a folder, or the one file itself; ValueError where there is none."""
+    """Return the logs of a folder, or the one file itself; ValueError if there is none."""
     path = Path(path)
     found = [path] if path.is_file() else list(_logs_in(path)) if path.is_dir() else []
     if not found:
@@ -84,7 +84,7 @@ def _logs_in(folder: Path) -> Iterator[Path]:
 
 
 def parse_runs(path: str | Path) -> list[Run]:
-    """All trials of one log, ours or a public one; ValueError with file and line."""
+    """Read all trials of one log, ours or a public one; ValueError names the file and the line."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rules = [
@@ -97,7 +97,7 @@ def parse_runs(path: str | Path) -> list[Run]:
 
 
 def parse_log(path: str | Path) -> Run:
-    """Read one log; ValueError with file and line for whatever does not follow the grammar."""
+    """Read one of our logs; ValueError names the file and the line that breaks the grammar."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rules = [number for number, line in enumerate(lines, 1) if line == RULE]
@@ -114,7 +114,7 @@ def parse_log(path: str | Path) -> Run:
 
 
 def _json_lines(path: Path, lines: list[str], start: int) -> dict[str, list[dict]]:
-    """All `word: {json}` lines by word; any other text passes, tracebacks and warnings included."""
+    """Collect the `word: {json}` lines by word. Other text is ignored: tracebacks, warnings."""
     found: dict[str, list[dict]] = {}
     for number, line in enumerate(lines[start:], start + 1):
         word, _, text = line.partition(":")
@@ -134,24 +134,24 @@ def _json_lines(path: Path, lines: list[str], start: int) -> dict[str, list[dict
 
 
 def _wrong_type(word: str, value: dict) -> str:
-    """The first key with a value of another type than readers rely on; numbers are finite."""
+    """Describe the first value of a type that readers do not expect; numbers must be finite."""
     types = REQUIRED.get(word, {}) | {
-        key: kind for key, kind in OPTIONAL.get(word, {}).items() if key in value
+        key: expected for key, expected in OPTIONAL.get(word, {}).items() if key in value
     }
-    for key, kind in types.items():
-        one = value[key]
+    for key, expected in types.items():
+        found = value[key]
         if (
-            not isinstance(one, kind)
-            or isinstance(one, bool)
-            or isinstance(one, float)
-            and not isfinite(one)
+            not isinstance(found, expected)
+            or isinstance(found, bool)
+            or isinstance(found, float)
+            and not isfinite(found)
         ):
-            return f"{key} {json.dumps(one)[:60]}"
+            return f"{key} {json.dumps(found)[:60]}"
     if word == "optim":
         wrong = [
-            each
-            for each in value["groups"]
-            if not isinstance(each, dict) or "name" not in each or _wrong_type("groups", each)
+            group
+            for group in value["groups"]
+            if not isinstance(group, dict) or "name" not in group or _wrong_type("groups", group)
         ]
         return f"a group {json.dumps(wrong[0])[:60]}" if wrong else ""
     return _wrong_type("config", value["config"]) if word == "meta" else ""

@@ -1,13 +1,13 @@
 """Make a record folder from logs: `python -m records pack FOLDER --name NAME [--what TEXT]`.
 
-    README.md       what changed, result, statistics, runs, settings, how to repeat it
+    README.md       the change, results, statistics, runs, settings, commands that repeat the runs
     record.json     the facts, and the logs that count with seeds, losses and hashes
     submission.py   one file that repeats the runs (for upstream), arguments included
     curves.png      loss against steps
     logs/seed_00.txt ...
 
-Only name, date and text are given; the rest is computed from the logs, by records/record.py, so
-that verify can compute it again.
+People give the name, the date and a text. records/record.py computes the rest from the logs, and
+verify computes it again.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from records.record import FACTS, RECORDS, contents, problems_of, sha256
 from records.run import Run
 
 TRACK = RECORDS / "track_3_optimization"
-FIXED = {
+TRACK_3_RULES = {  # the rules of track 3 prescribe these values; no list of Config's fields
     "target": 3.28,
     "batch_tokens": 524_288,
     "val_tokens": 10_485_760,
@@ -37,7 +37,7 @@ FIXED = {
 
 
 def pack(runs: list[Run], folder: Path, facts: dict) -> None:
-    """Write the record; ValueError with the first reason where the runs are none."""
+    """Write the record; ValueError with the first reason why the runs make none."""
     if problems := problems_of(runs):
         raise ValueError(problems[0])
     runs = sorted(runs, key=lambda run: run.seed)
@@ -75,22 +75,22 @@ def update(folder: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="with the logs that count and no others")
-    parser.add_argument("--name", default="", help="lower case letters, digits, - and _")
-    parser.add_argument("--what", default="", help="what changed, one sentence")
-    parser.add_argument("--baseline", default="", help="track_3#36 or a folder below records/")
+    parser.add_argument("folder", help="it holds the logs that count and no others")
+    parser.add_argument("--name", default="", help="of lower case letters, digits, - and _")
+    parser.add_argument("--what", default="", help="one sentence on the change")
+    parser.add_argument("--baseline", default="", help="track_3#36 or a record's folder")
     parser.add_argument(
         "--update",
         action="store_true",
-        help="FOLDER is a record: write its pages again, after a change of this program",
+        help="rewrite the pages of the record FOLDER after a change of this program",
     )
-    parser.add_argument("--out", type=Path, help=f"new folder, default {TRACK.name}/DATE_NAME")
+    parser.add_argument("--out", type=Path, help=f"new folder (default: {TRACK.name}/DATE_NAME)")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.update:
         update(Path(args.folder))
-        print(f"{args.folder} written again")
+        print(f"rewrote the pages of {args.folder}")
         return
     today, runs = f"{date.today()}", read_runs([args.folder])
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", args.name):
@@ -103,12 +103,12 @@ def run(args: argparse.Namespace) -> None:
         config = one.meta.get("config", {})
         wrong = [
             f"{key} {config.get(key)} instead of {value}"
-            for key, value in FIXED.items()
+            for key, value in TRACK_3_RULES.items()
             if config.get(key) != value
         ]
         if wrong and args.out is None:
             raise ValueError(
-                f"{one.path}: no run of track 3, it has {', '.join(wrong)}; "
+                f"{one.path}: found {', '.join(wrong)}, which is no run of track 3; "
                 "name a folder with --out"
             )
     folder = args.out or TRACK / f"{today}_{args.name}"
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _baseline(name: str) -> str:
-    """A published entry as it is, a record by its folder below records/."""
+    """Check a baseline: return track_3#N as it is, a record as its folder below records/."""
     if not name or "#" in name:
         return name
     record = Path(name).resolve()

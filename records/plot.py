@@ -1,7 +1,7 @@
-"""Pictures of runs, PNG and SVG: `python -m records plot PATHS... --out DIR`.
+"""Draw pictures of runs as PNG and SVG: `python -m records plot PATHS... --out DIR`.
 
-Runs that agree in everything but the seed are one group: its mean is a line, with a band of one
-standard deviation where it has several. PATHS are logs, folders of logs and published entries like
+Runs that differ only in the seed form a group: a line shows its mean, with a band of one standard
+deviation if there are several. PATHS are logs, folders of logs and published entries like
 track_3#36; `track_3` adds the published history. The same data give the same bytes (with the same
 matplotlib).
 """
@@ -21,7 +21,7 @@ from records.run import Run
 
 
 def draw_loss(groups: Groups, target: float | None, time: bool = False) -> Any:
-    """Loss against steps or training time: without its fall from the start, and the last third."""
+    """Draw loss against steps or training time: after the first tenth, and the last third."""
     figure, panels = new_figure(f"Validation loss against {'time' if time else 'steps'}", 2)
     last = max(run.final.step for runs in groups.values() for run in runs)
     for axes, first in zip(panels, (0.1 * last, 2 / 3 * last), strict=True):
@@ -43,7 +43,7 @@ def draw_loss(groups: Groups, target: float | None, time: bool = False) -> Any:
 
 
 def draw_crossings(groups: Groups, target: float) -> Any | None:
-    """One dot per run: the step at which its loss crossed the target; None where none is known."""
+    """Draw a dot per run at the step where its loss crossed the target; None if none was seen."""
     figure, (axes,) = new_figure(f"Steps to a loss of {target:.6g}", 1)
     found = {
         label: [crossing.exact_step for run in runs if (crossing := run.crossing(target))]
@@ -68,7 +68,7 @@ def draw_crossings(groups: Groups, target: float) -> Any | None:
 
 
 def draw_times(groups: Groups) -> Any | None:
-    """Histogram of the time of a step, averaged between two validations; None without times."""
+    """Draw a histogram of the step times between two validations; None if there are no times."""
     times = {
         label: [
             1000 * (b.train_time_s - a.train_time_s) / (b.step - a.step)
@@ -91,23 +91,23 @@ def draw_times(groups: Groups) -> Any | None:
     return figure
 
 
-DIAGNOSES: dict[str, Callable[[dict], float | None]] = {  # of one matrix in a diag: line
+DIAGNOSES: dict[str, Callable[[dict], float | None]] = {  # each reads one matrix of a diag: line
     "update: CV over neurons": lambda matrix: matrix["update"]["cv"],
     "share of neurons with leverage below 1/16": lambda matrix: matrix["leverage"]["below"][0],
     "update: orthogonality error": lambda matrix: matrix["orthogonality"],
 }
 
 
-def _diagnosis(run: Run, kind: str, title: str) -> dict[float, tuple[float, float]]:
-    """{step: (step, mean over the layers of a kind)}; neurons that never fire where not titled."""
+def _diagnosis(run: Run, matrix: str, title: str) -> dict[float, tuple[float, float]]:
+    """Return {step: (step, mean over layers)}; titles outside DIAGNOSES count silent neurons."""
     curve = {}
     for line in run.extra.get("diag", []):
-        part, of = (
+        part, read = (
             ("matrices", DIAGNOSES[title])
             if title in DIAGNOSES
             else ("neurons", lambda layer: layer["silent"])
         )
-        values = [of(v) for name, v in line[part].items() if kind in name.split(".")]
+        values = [read(v) for name, v in line[part].items() if matrix in name.split(".")]
         values = [value for value in values if value is not None]
         if values:
             curve[line["step"]] = (line["step"], sum(values) / len(values))
@@ -115,16 +115,16 @@ def _diagnosis(run: Run, kind: str, title: str) -> dict[float, tuple[float, floa
 
 
 def draw_diagnostics(groups: Groups) -> Any | None:
-    """What --diagnostics logged, mean over layers against steps; None where nothing was."""
+    """Draw the means over layers of --diagnostics against steps; None if none were logged."""
     figure, panels = new_figure("Neurons of the MLP, mean over the layers", 2, 2)
     seen = False
     for axes, title in zip(panels, [*DIAGNOSES, "share of neurons that never fire"], strict=True):
         for label, style in looks(groups).items():
-            for kind, line in (("fc", "-"), ("proj", "--")):
-                curves = [_diagnosis(run, kind, title) for run in groups[label]]
+            for matrix, line in (("fc", "-"), ("proj", "--")):
+                curves = [_diagnosis(run, matrix, title) for run in groups[label]]
                 if all(curves):
                     seen = True
-                    extra = {"linestyle": line, "label": f"{label}, {kind}"}
+                    extra = {"linestyle": line, "label": f"{label}, {matrix}"}
                     mean_line(axes, curves, style | extra)
         axes.set(xlabel="step", ylabel=title)
         axes.set_ylim(bottom=0)
@@ -133,16 +133,16 @@ def draw_diagnostics(groups: Groups) -> Any | None:
 
 
 def read_groups(names: list[str]) -> list[Group]:
-    """Logs and folders by their settings, published entries (track_3#36) by their name.
+    """Group the runs of logs and folders by their settings; published entries are groups already.
 
-    Runs that did not complete are left out, unless all did not.
+    Incomplete runs are left out, unless there are no others.
     """
     entries = [group(name) for name in names if name.startswith("track_")]
     runs = [run for name in names if not name.startswith("track_") for run in group(name).runs]
     complete = [run for run in runs if run.status == "complete"] or runs
     groups = [Group(label, some) for label, some in group_runs(complete).items()] + entries
     for one in groups:
-        one.last_step()  # ValueError where they share none: there is no mean
+        one.last_step()  # ValueError if the runs share no step, so that there is no mean
         for run in one.runs:
             if wrong := [point for point in run.points if not isfinite(point.val_loss)]:
                 raise ValueError(
@@ -153,7 +153,7 @@ def read_groups(names: list[str]) -> list[Group]:
 
 
 def pictures(groups: Groups, target: float | None) -> dict[str, Any]:
-    """Name to figure, of those for which the groups have data."""
+    """Return {name: figure} for all pictures that the groups have data for."""
     times = draw_times(groups)
     drawn = {
         "loss_steps": draw_loss(groups, target),
@@ -166,21 +166,21 @@ def pictures(groups: Groups, target: float | None) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError where a file stands in the way of the folder."""
+    """Raise ValueError if a file stands in the way of the folder."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"--out: {there} is a file, expected a folder; name another")
 
 
 def history() -> dict[str, Any]:
-    """Name to figure, of the published entries of track 3."""
+    """Return {name: figure} for the published entries of track 3."""
     return {"history": draw_history(), "published_curves": draw_entries()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", help="logs, folders, track_3#36, or track_3")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
-    parser.add_argument("--target", type=float, help="loss to reach, if not that of the logs")
+    parser.add_argument("paths", nargs="+", help="logs, folders, track_3#36 or track_3")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the pictures")
+    parser.add_argument("--target", type=float, help="the loss to reach (default: the logs' own)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -192,13 +192,13 @@ def run(args: argparse.Namespace) -> None:
     drawn = pictures(groups, target) if found else {}
     drawn |= history() if "track_3" in args.paths else {}
     files = {
-        args.out / f"{name}.{kind}": rendered(figure, kind)
+        args.out / f"{name}.{suffix}": rendered(figure, suffix)
         for name, figure in drawn.items()
-        for kind in ("png", "svg")
+        for suffix in ("png", "svg")
     }
     args.out.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():
         path.write_bytes(data)
     print("\n".join(map(str, files)))
     if groups and "steps_to_target" not in drawn:
-        print("no picture of steps to a target: no run crosses one between two validations")
+        print("no picture of steps to a target: no run crosses it between two validations")

@@ -1,7 +1,7 @@
-"""The published leaderboard of track 3: each entry with its runs and what it claims.
+"""Read the published leaderboard of track 3: each entry with its runs and its claims.
 
-The tables are facts of the public repository, see records/published/README.md. `track_3#36` names
-an entry. Only runs of the role "evidence" count; ablations, duplicates and the like do not.
+The tables hold facts of the public repository, see records/published/README.md. `track_3#36` names
+an entry. Only runs with the role "evidence" count; ablations, duplicates and the like do not.
 """
 
 import csv
@@ -21,7 +21,7 @@ TARGET = 3.28
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the leaderboard; claimed values are as printed there."""
+    """A line of the leaderboard. Claimed values are those printed there."""
 
     number: int
     steps: int
@@ -31,7 +31,7 @@ class Entry:
     method: str
     date: str
     runs: list[Run]
-    readme_losses: list[float]  # at the claimed step, where upstream has no log of these runs
+    readme_losses: list[float]  # at the claimed step, of runs without a log upstream
 
     @property
     def label(self) -> str:
@@ -39,13 +39,13 @@ class Entry:
 
     @property
     def losses(self) -> list[float]:
-        """The scored loss of each run at the claimed step, from the logs."""
+        """Return the scored loss of each run at the claimed step, from the logs."""
         losses = [run.loss_at(self.steps) for run in self.runs]
         return [loss for loss in losses if loss is not None]
 
 
 def entry(name: str) -> Entry:
-    """The entry that a name like track_3#36 stands for; ValueError where there is none."""
+    """Return the entry that a name like track_3#36 means; ValueError if there is none."""
     entries, match = track_3(), ENTRY.fullmatch(name)
     if match is None or int(match[1]) not in entries:
         raise ValueError(
@@ -57,7 +57,7 @@ def entry(name: str) -> Entry:
 
 @cache
 def track_3() -> dict[int, Entry]:
-    """All entries by number, in the order of the table."""
+    """Return all entries by number, in the order of the table."""
     scored = {row["entry"]: row["claim_field"] for row in _rows("results")}
     points, methods = _points(scored), {row["entry"]: row["method"] for row in _rows("results")}
     runs: dict[int, list[Run]] = {}

@@ -1,7 +1,7 @@
-"""What a record folder says, computed from its logs; pack writes it and verify compares.
+"""Compute the pages of a record folder from its logs; pack writes them and verify compares.
 
 A record claims the first validated step at which the mean over all its runs passes the precision
-rule of records/stats.py, or the last step where none does.
+rule of records/stats.py, or the last step if none does.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from records.caveats import warnings
 from records.compare import interval, pair_table
 from records.figures import gpus, look
 from records.groups import Group, group, target_of
-from records.run import FREE, Run
-from records.stats import PRECISION, precision, summary
+from records.run import Run
+from records.stats import PRECISION, Precision, Summary, precision, summary
 from records.table import markdown, number, p_value
 
 RECORDS = Path(__file__).resolve().parent
-FACTS = ("name", "date", "what", "baseline")  # given by people; all else is computed
+FACTS = ("name", "date", "what", "baseline")  # people give these; all else is computed
 
 
 def sha256(data: bytes | str) -> str:
@@ -28,7 +28,7 @@ def sha256(data: bytes | str) -> str:
 
 
 def problems_of(runs: list[Run]) -> list[str]:
-    """Why these runs are no record, one sentence each; none where they are one."""
+    """Return the reasons why these runs make no record, one sentence each."""
     found = []
     for run in runs:
         if not {"config", "code_sha256", "argv"} <= run.meta.keys() or run.optim is None:
@@ -74,8 +74,7 @@ def problems_of(runs: list[Run]) -> list[str]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    config = {key: value for key, value in run.meta["config"].items() if key not in FREE}
-    return config | {
+    return run.settings | {
         "code": run.meta["code_sha256"],
         "shards": run.meta.get("shards"),
         "hyperparameters": run.optim,
@@ -84,7 +83,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def claim(runs: list[Run]) -> int:
-    """The first validated step at which the mean of all runs passes the rule, else the last."""
+    """Return the first validated step at which all runs' mean passes the rule, else the last."""
     target = runs[0].meta["config"]["target"]
     steps = [point.step for point in runs[0].points]
     passing = (
@@ -94,7 +93,7 @@ def claim(runs: list[Run]) -> int:
 
 
 def baseline_of(name: str) -> tuple[Group, int]:
-    """The runs and the claimed step of track_3#N, or of a record by its folder below records/."""
+    """Return the runs and the claimed step of track_3#N or of a record folder below records/."""
     if "#" in name:
         return (found := group(name)), found.last_step()
     steps = json.loads((RECORDS / name / "record.json").read_text(encoding="utf-8"))["steps"]
@@ -102,9 +101,10 @@ def baseline_of(name: str) -> tuple[Group, int]:
 
 
 def contents(logs: dict[str, Run], facts: dict, hashes: dict[str, str]) -> dict[str, str]:
-    """Texts of README.md, record.json and submission.py for `logs` (by their name in the record).
+    """Return the texts of README.md, record.json and submission.py.
 
-    `facts` holds name, date, what and baseline (or ""), `hashes` the sha256 of picture and logs.
+    `logs` has the runs by their file names in the record, `facts` the name, date, what and baseline
+    (or ""), and `hashes` the sha256 of the picture and of each log.
     """
     runs = list(logs.values())
     step, target = claim(runs), runs[0].meta["config"]["target"]
@@ -143,60 +143,30 @@ def contents(logs: dict[str, Run], facts: dict, hashes: dict[str, str]) -> dict[
 def _readme(logs: dict[str, Run], record: dict, losses: list[float]) -> str:
     run, step, target = next(iter(logs.values())), record["steps"], record["target"]
     total, rule = summary(losses), precision(losses, target)
-    verdict = "passes" if rule.passes else "does **not** pass"
     runs = f"{total.n} run{'s' if total.n > 1 else ''}"
     figures = [
-        ("runs", f"{total.n}"),
-        ("step", f"{step} of {run.total_steps}"),
-        ("mean loss", f"{total.mean:.5f}"),
-        ("sd", number(total.sd, ".5f")),
-        ("95% t interval of the mean", interval(total, ".5f")),
-        (f"({target:.6g} - mean) * sqrt(n)", f"{rule.statistic:.5f}"),
-        (f"rule of track 3: {PRECISION} or more", verdict),
-        ("p (z, assumed sigma 0.0013)", p_value(rule.p)),
-        ("p (Student's t)", p_value(rule.p_t)),
-    ]
-    rows = [
-        [
-            str(one.seed),
-            f"{one.loss_at(step):.5f}",
-            f"{one.final.val_loss:.5f}",
-            _crossing(one, target),
-            f"{one.final.train_time_s:.3f}",
-            f"{one.final.step_avg_ms:.2f}",
-            gpus(one.meta),
-            f"[log]({name})",
-        ]
-        for name, one in logs.items()
+        ["runs", f"{total.n}"],
+        ["step", f"{step} of {run.total_steps}"],
+        *_statistics(total, rule, target),
     ]
     torch = " and ".join(sorted({str(one.meta.get("torch", "unknown")) for one in logs.values()}))
-    header = [
-        "seed",
-        f"loss at {step}",
-        f"final ({run.total_steps})",
-        "steps to target (interpolated)",
-        "train time (s)",
-        "ms per step",
-        "GPUs",
-        "log",
-    ]
     return "\n".join(
         [
             f"# {record['name']}",
             "",
             *([record["what"], ""] if record["what"] else []),
             f"{look(record['optimizer'])[0]}, {record['date']}: mean validation loss "
-            f"{total.mean:.5f} at step {step}, {runs}; this {verdict} the precision rule "
+            f"{total.mean:.5f} at step {step}, {runs}; this {_verdict(rule)} the precision rule "
             f"of track 3 for a target of {target:.6g}.",
             "",
             "![Validation loss against steps](curves.png)",
             "",
             "## Statistics",
             "",
-            markdown(["figure", "value"], [list(pair) for pair in figures]),
+            markdown(["figure", "value"], figures),
             "## Runs",
             "",
-            markdown(header, rows),
+            _run_table(logs, step, target),
             "## Settings",
             "",
             "Read back from the optimizers after step 1.",
@@ -219,8 +189,51 @@ def _readme(logs: dict[str, Run], record: dict, losses: list[float]) -> str:
     )
 
 
+def _statistics(total: Summary, rule: Precision, target: float) -> list[list[str]]:
+    return [
+        ["mean loss", f"{total.mean:.5f}"],
+        ["sd", number(total.sd, ".5f")],
+        ["95% t interval of the mean", interval(total, ".5f")],
+        [f"({target:.6g} - mean) * sqrt(n)", f"{rule.statistic:.5f}"],
+        [f"rule of track 3: {PRECISION} or more", _verdict(rule)],
+        ["p (z, assumed sigma 0.0013)", p_value(rule.p)],
+        ["p (Student's t)", p_value(rule.p_t)],
+    ]
+
+
+def _verdict(rule: Precision) -> str:
+    return "passes" if rule.passes else "does **not** pass"
+
+
+def _run_table(logs: dict[str, Run], step: int, target: float) -> str:
+    rows = [
+        [
+            str(run.seed),
+            f"{run.loss_at(step):.5f}",
+            f"{run.final.val_loss:.5f}",
+            _crossing(run, target),
+            f"{run.final.train_time_s:.3f}",
+            f"{run.final.step_avg_ms:.2f}",
+            gpus(run.meta),
+            f"[log]({name})",
+        ]
+        for name, run in logs.items()
+    ]
+    header = [
+        "seed",
+        f"loss at {step}",
+        f"final ({next(iter(logs.values())).total_steps})",
+        "steps to target (interpolated)",
+        "train time (s)",
+        "ms per step",
+        "GPUs",
+        "log",
+    ]
+    return markdown(header, rows)
+
+
 def _comparison(logs: dict[str, Run], record: dict) -> list[str]:
-    """Against the baseline, if there is one, and what to know before believing the figures."""
+    """Return the lines that compare the record with its baseline, if any, and its caveats."""
     target, lines = record["target"], []
     sized = [(Group(record["name"], list(logs.values())), record["steps"])]
     if record["baseline"]:

@@ -1,223 +1,112 @@
-"""Regenerate the tables of `PAGES` and the README's picture: `python -m records.report [--check]`.
+"""Write one HTML file about runs: `python -m records report PATHS... --out report.html`.
 
-A table stands between the lines `<!-- table:NAME -->` and `<!-- /table:NAME -->`, one pair for each
-name of the page. The data are the logs records/prose/*.txt and records/bench/*.jsonl (one line per
-measurement, newest last). `--check` only compares and exits with 2 where a page is stale.
+It holds statistics, pictures and a table of all runs, and needs no network and no script. PATHS are
+those of plot; runs that differ only in the seed form a group. (`python -m records.pages` writes the
+tables of this repository.)
 """
 
-import argparse
-import json
-import re
-from collections.abc import Iterable
-from functools import partial
-from itertools import zip_longest
+from argparse import ArgumentParser, Namespace
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from statistics import fmean, stdev
+from typing import Any
 
-from records import benches
-from records.figures import gpus, group_runs, look, rendered
-from records.groups import Group
-from records.log import Run, parse_log
-from records.show import run_table
-from records.table import markdown, number
+from records.caveats import check_repeats, warnings
+from records.compare import loss_table, pair_table, target_table
+from records.figures import rendered
+from records.groups import Group, group, target_of
+from records.plot import check_folder, history, pictures, read_groups
+from records.show import read_back, run_table
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"^(<!-- table:(\w+) -->\n).*?^(<!-- /table:\2 -->)$", re.DOTALL | re.MULTILINE)
-
-
-def prose_runs(root: Path, folder: str = "records/prose") -> list[Run]:
-    """All logs of a folder in table order."""
-    runs = [parse_log(path) for path in sorted((root / folder).glob("*.txt"))]
-    keys = ("optimizer", "device", "world_size", "seed")
-    return sorted(runs, key=lambda run: [run.meta[key] for key in keys])
-
-
-def prose_table(root: Path, folder="records/prose", page="", timed=True) -> str:
-    """One row per log, crashed runs included; its link begins in the folder of the page. timed:
-    with the columns of time, which say nothing of runs that shared their GPUs."""
-    header = [
-        "optimizer",
-        "GPUs",
-        "seed",
-        "loss at 250",
-        "at 375",
-        "at 500",
-        "final (step)",
-        "steps to target (interpolated)",
-        "train time (s)",
-        "ms per step",
-        "tokens/s",
-        "log",
-    ]
-    command = f"python train_gpt.py --preset prose --log {folder}/NAME.txt"
-    rows = [_prose_row(run, root / page) for run in prose_runs(root, folder)]
-    if not timed:
-        header, *rows = ([*row[:8], row[-1]] for row in (header, *rows))
-    return markdown(header, rows) if rows else f"not measured yet: run `{command}`\n"
-
-
-def _prose_row(run: Run, page: Path) -> list[str]:
-    meta, last, goal = run.meta, run.points[-1], run.meta["config"]["target"]
-    final = f"{last.val_loss:.5f} ({last.step})"
-    header, (row,) = run_table([Group(run.name, [run])], goal or None)  # as show prints them
-    # "step at 3.42 (interpolated)" stands behind, and replaces, "step"
-    shown = {title.partition(" at ")[0]: cell for title, cell in zip(header, row, strict=True)}
-    steps = "-" if not goal else f"{shown['step']} to {goal:.6g}"
-    if goal and run.crossing(goal) is None:
-        steps = f"{goal:.6g} not reached"
-    name = look(meta["optimizer"])[0] + (", FP8" if meta["config"].get("fp8") else "")
-    return [
-        name,
-        gpus(meta),
-        str(meta["seed"]),
-        *(number(run.loss_at(step), ".5f") for step in (250, 375, 500)),
-        final if run.status == "complete" else f"{final}, {run.status}",
-        steps,
-        f"{last.train_time_s:.3f}",
-        shown["ms per step"],
-        shown["tokens/s"],
-        f"[log]({run.path.relative_to(page).as_posix()})",
-    ]
-
-
-def leaderboard(root: Path) -> str:
-    """One row per record folder: those that pass the rule first, by steps and then by loss."""
-    rows = []
-    for path in root.glob("records/*/*/record.json"):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            order = (not record["passes"], record["steps"], record["mean_loss"], path)
-            rows.append((order, _record_row(record, path.parent.relative_to(root / "records"))))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: found no record ({error!r}), expected what pack wrote; run "
-                f"python -m records verify {path.parent}"
-            ) from error
-    header = [
-        "track",
-        "steps",
-        "mean loss",
-        "sd",
-        "n",
-        "target",
-        "statistic",
-        "passes",
-        "optimizer",
-        "what",
-        "date",
-        "record",
-    ]
-    table = markdown(header, [row for _, row in sorted(rows)])
-    return table if rows else "no record yet: run `python -m records pack FOLDER --name NAME`\n"
-
-
-def _record_row(record: dict, folder: Path) -> list[str]:
-    return [
-        folder.parent.name,
-        f"{record['steps']}",
-        f"{record['mean_loss']:.5f}",
-        number(record["sd"], ".5f"),
-        f"{record['n']}",
-        f"{record['target']:.6g}",
-        f"{record['statistic']:.5f}",
-        "yes" if record["passes"] else "no",
-        look(record["optimizer"])[0],
-        record["what"] or "-",
-        record["date"],
-        f"[{record['name']}]({folder.as_posix()}/README.md)",
-    ]
-
-
-def prose_groups(root: Path) -> str:
-    """One row per group of complete prose runs that differ in their seeds only."""
-    runs = [run for run in prose_runs(root) if run.status == "complete"]
-    rows = []
-    for label, group in group_runs(runs).items():
-        seeds, losses = [run.seed for run in group], [run.final.val_loss for run in group]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(
-                f"records/prose: {label} has seeds {sorted(seeds)}, expected each "
-                "once; keep one log of each"
-            )
-        crossings = [run.crossing(run.meta["config"]["target"]) for run in group]
-        steps = "-" if None in crossings else number(fmean(c.exact_step for c in crossings), ".1f")
-        rows.append(
-            [
-                label,
-                f"{len(group)}",
-                ", ".join(map(str, sorted(seeds))),
-                f"{fmean(losses):.5f}",
-                f"{stdev(losses):.5f}" if len(losses) > 1 else "-",
-                steps,
-                f"{fmean(run.final.step_avg_ms for run in group):.2f}",
-            ]
-        )
-    header = ["runs", "n", "seeds", "mean final loss", "sd", "mean steps to target", "ms per step"]
-    return markdown(header, rows) if rows else "not measured yet\n"
-
-
-PAGES = {
-    "README.md": ("bench_optimizers", "bench_trainer", "prose"),
-    "docs/optimizers.md": ("parity", "polar"),
-    "records/bench/README.md": ("growth", "kernels", "ranks", "slot", "trainer"),
-    "records/README.md": ("leaderboard", "prose_groups"),
-    "records/prose/README.md": ("family", "fp8", "gluon", "gpus", "resumed"),
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
+table { border-collapse: collapse; display: block; font-size: 13px; overflow-x: auto; }
+td, th { border-bottom: 1px solid #ccc; padding: .3em .7em; text-align: left; }
+img { height: auto; max-width: 100%; }
+"""
+TITLES = {
+    "loss_steps": "Validation loss against steps",
+    "loss_time": "Validation loss against time",
+    "steps_to_target": "Steps to the target",
+    "step_time": "Time of a step",
+    "diagnostics": "Neurons of the MLP",
+    "history": "Published entries of track 3",
+    "published_curves": "Mean loss of the published entries that set a record",
 }
-TABLES = {"prose": prose_table, "leaderboard": leaderboard, "prose_groups": prose_groups}
-TABLES |= benches.TABLES
-TABLES |= {
-    name: partial(
-        prose_table, folder=f"records/prose/{name}", page="records/prose", timed=name != "gpus"
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )
-    for name in PAGES["records/prose/README.md"]
-}
 
 
-def fill_tables(text: str, root: Path, page: str = "README.md") -> str:
-    """The text of a page with the inside of every marker pair written anew."""
-    names = sorted(block[2] for block in BLOCK.finditer(text))
-    if names != sorted(PAGES[page]):
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table without the columns that are all dashes, as in the terminal."""
+    keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
+    header, rows = [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
+    lines = [
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line)
+        for tag, line in (("th", header), *(("td", row) for row in rows))
+    ]
+    return "<table>\n" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
+
+
+def picture(name: str, figure: Any) -> str:
+    data = b64encode(rendered(figure, "svg")).decode()
+    title = escape(TITLES[name])
+    return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/svg+xml;base64,{data}">'
+
+
+def statistics(groups: list[Group], target: float | None) -> list[str]:
+    """Return the HTML of means, rules, crossings and pairs; ValueError if a run counts twice."""
+    if target is None:
+        return ["<p>These logs name no target, so there are no statistics; see --target.</p>"]
+    check_repeats(groups)
+    sized = [(one, one.last_step()) for one in groups]
+    tables = {
+        "Loss at one step": loss_table(sized, target),
+        f"Steps and seconds to {target:g}": target_table(groups, target),
+    }
+    tables |= {"Each pair of groups": pair_table(sized, target)} if len(groups) > 1 else {}
+    caveats = "".join(f"<li>{escape(warning)}</li>" for warning in warnings(sized, target))
+    return [
+        "<h2>Statistics</h2>",
+        *(f"<h3>{escape(title)}</h3>\n{table(*one)}" for title, one in tables.items()),
+        *([f"<h3>Caveats</h3>\n<ul>{caveats}</ul>"] if caveats else []),
+    ]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", help="logs, folders, track_3#36 or track_3")
+    parser.add_argument("--out", type=Path, required=True, help="the HTML file")
+    parser.add_argument("--target", type=float, help="the loss to reach (default: the logs' own)")
+    parser.add_argument("--title", default="Runs")
+
+
+def run(args: Namespace) -> None:
+    check_folder(args.out.absolute().parent)
+    if args.out.is_dir():
         raise ValueError(
-            f"{page} has whole marker pairs for {names}, expected one for each of "
-            f"{sorted(PAGES[page])}; see the top of records/report.py"
+            f"--out: {args.out} is a folder, expected the name of an HTML file; "
+            f"write {args.out / 'report.html'}"
         )
-    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](root) + block[3], text)
-
-
-def check(root: Path, pages: Iterable[str] = PAGES) -> None:
-    """ValueError on the first line of a page that is not what the data say."""
-    for page in pages:
-        text = (root / page).read_text(encoding="utf-8")
-        pairs = zip_longest(text.split("\n"), fill_tables(text, root, page).split("\n"))
-        for place, (found, expected) in enumerate(pairs, 1):
-            if found != expected:
-                raise ValueError(
-                    f"{page} line {place}: found '{found}', expected '{expected}'; "
-                    "run python -m records.report"
-                )
-
-
-def write(root: Path) -> None:
-    """Tables into the pages and, once there is a complete run, records/prose/curves.png."""
-    texts = {page: (root / page).read_text(encoding="utf-8") for page in PAGES}
-    texts = {page: fill_tables(text, root, page) for page, text in texts.items()}
-    for page, text in texts.items():
-        (root / page).write_text(text, encoding="utf-8", newline="\n")
-    if runs := [run for run in prose_runs(root) if run.status == "complete"]:
-        from records.plot import draw_loss  # here: the tables do not need matplotlib
-
-        picture = rendered(draw_loss(group_runs(runs), runs[0].meta["config"]["target"]), "png")
-        (root / "records/prose/curves.png").write_bytes(picture)
-
-
-def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
-    parser = argparse.ArgumentParser(prog="python -m records.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    try:
-        (check if parser.parse_args(argv).check else write)(root)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
+    names = [name for name in args.paths if name != "track_3"]
+    groups, parts, drawn = read_groups(names), [], {}
+    if groups:
+        target = target_of(groups, args.target)
+        drawn = pictures({one.name: one.runs for one in groups}, target)
+        parts = statistics(groups, target)
+    drawn |= history() if "track_3" in args.paths else {}
+    parts += [picture(name, figure) for name, figure in drawn.items()]
+    if groups:  # this table lists incomplete runs, too
+        every = [group(name) for name in names]
+        parts += ["<h2>Runs</h2>", table(*run_table(every, target))]
+        parts += [f"<p>{escape(line)}</p>" for line in read_back(every)]
+    text = page(args.title, parts)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    print(args.out)

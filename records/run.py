@@ -1,42 +1,34 @@
-"""What a log holds: `Run`, its validations, and the one sentence said of a line nobody can read."""
+"""Hold the contents of a log as a `Run` with its validations. records/log.py reads them."""
 
 from dataclasses import dataclass
-from math import isfinite, isnan, nan
+from math import isnan
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-# Of a run's config: where it ran and what it wrote, which change no loss.
-FREE = {"seed", "trials", "log", "data", "wandb", "device", "diagnostics", "checkpoint", "eval"}
+from records.crossing import Crossing, crossing
+
+# The fields of the config that change no loss, for older logs, whose meta line has no list "free":
+# all of records/prose and records/demo, and records/bench/track3_200_8xH200.txt.
+OLD_FREE = ("seed", "trials", "log", "data", "wandb", "device", "diagnostics", "checkpoint", "eval")
 
 
 class Point(NamedTuple):
-    """One validation. Public logs may lack the number of planned steps (0) and times (nan)."""
+    """One validation. In a public log, planned steps may be missing (0), and so may times (nan)."""
 
     step: int
     total_steps: int
     val_loss: float  # the scored loss, see Run.metric
     train_time_s: float
-    step_avg_ms: float  # as printed: since the start, or since the validation before; nan at step 0
-
-
-class Crossing(NamedTuple):
-    """The first validation at or below a target, and where a line from the one before crosses it.
-
-    Where no validation stands above the target before it, the exact values are unknown: nan.
-    """
-
-    step: int
-    seconds: float
-    exact_step: float
-    exact_seconds: float
+    step_avg_ms: float  # as printed: since the start or the last validation; nan at step 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One trial. Where optim, target or end are repeated, the last line counts.
+    """One trial. If lines of optim, target or end are repeated, the last one counts.
 
-    Of a public log, meta holds only what the log says (torch, device, world_size, seed), optim and
-    target are None, end says how far it got, and extra["losses"] has the losses not scored.
+    For a public log, meta holds only the facts that the log states (torch, device, world_size,
+    seed), optim and target are None, end says how far the run got, and extra["losses"] has the
+    losses that are not scored.
     """
 
     path: Path
@@ -47,18 +39,29 @@ class Run:
     target: dict | None
     end: dict | None
     extra: dict[str, list[dict]]
-    trial: int = 0  # in its file
-    metric: str = "val_loss"  # the name under which the scored loss stands in the log
+    trial: int = 0  # its place among the trials of the file
+    metric: str = "val_loss"  # the name of the scored loss in the log
 
     @property
     def name(self) -> str:
-        """The file's stem, with #trial where that is not the first."""
+        """Return the file's stem, with #trial for all but the first trial."""
         return f"{self.path.stem}#{self.trial}" if self.trial else self.path.stem
 
     @property
     def status(self) -> str:
-        """What the end line says; a log without one belongs to a run that crashed."""
+        """Return the status of the end line; a log without one is of a run that crashed."""
         return "crashed" if self.end is None else self.end["status"]
+
+    @property
+    def free(self) -> set[str]:
+        """Return the names of the config's fields that change no loss, as the log lists them."""
+        return {str(name) for name in self.meta.get("free", OLD_FREE)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the config without the free fields; a public log has none."""
+        config = self.meta.get("config", {})
+        return {key: value for key, value in config.items() if key not in self.free}
 
     @property
     def seed(self) -> int | None:
@@ -66,7 +69,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Planned, not reached; 0 where the log does not say."""
+        """Return the number of planned steps; 0 if the log does not state it."""
         return self.points[-1].total_steps
 
     @property
@@ -75,7 +78,7 @@ class Run:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Of what this log holds: a resumed run's clock goes on from, perhaps, other GPUs."""
+        """Average over this log only: the clock of a resumed run includes its earlier part."""
         first, last = self.points[0], self.points[-1]
         if "resumed" not in self.extra:
             return last.train_time_s / last.step if last.step else None
@@ -84,25 +87,17 @@ class Run:
 
     @property
     def best(self) -> Point:
-        """The smallest loss; a NaN is never the best one."""
+        """Return the validation with the smallest loss, which is never a NaN."""
         return min(self.points, key=lambda point: (isnan(point.val_loss), point.val_loss))
 
     def loss_at(self, step: int) -> float | None:
-        """Scored loss at exactly this step, None where there was no validation."""
+        """Return the scored loss at exactly this step; None if there was no validation."""
         return next((point.val_loss for point in self.points if point.step == step), None)
 
     def crossing(self, target: float) -> Crossing | None:
-        """None where no validation is at or below the target."""
-        index = next((i for i, point in enumerate(self.points) if point.val_loss <= target), None)
-        if index is None:
-            return None
-        after, before = self.points[index], self.points[max(index - 1, 0)]
-        if not (isfinite(before.val_loss) and before.val_loss > target):
-            return Crossing(after.step, after.train_time_s, nan, nan)
-        part = (before.val_loss - target) / (before.val_loss - after.val_loss)
-        step = before.step + part * (after.step - before.step)
-        seconds = before.train_time_s + part * (after.train_time_s - before.train_time_s)
-        return Crossing(after.step, after.train_time_s, step, seconds)
+        """Return the first validation at the target and the point before it; None if none is."""
+        points = [(point.step, point.val_loss, point.train_time_s) for point in self.points]
+        return crossing(points, target)
 
 
 def line_error(path: Path, line: int, found: str, expected: str) -> ValueError:

@@ -1,8 +1,7 @@
-"""Runs as a table: logs, folders, globs, `track_3` (the published leaderboard) or `track_3#36`.
+"""Show runs as a table: logs, folders, globs, `track_3` (the published leaderboard), `track_3#36`.
 
-What is unknown is a dash; a NaN loss is printed as such, with the status of its run.
-Of the leaderboard, a mean or an n is printed twice where the number
-claimed there and the one recomputed from the logs differ.
+A dash stands for an unknown value; a NaN loss is printed as NaN, with the status of its run. The
+leaderboard prints the claimed mean or n as well if it differs from the one in the logs.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -31,9 +30,9 @@ LEADERBOARD = [
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", help="log, folder, 'glob', track_3 or track_3#N")
-    parser.add_argument("--markdown", action="store_true", help="for a README")
-    parser.add_argument("--target", type=float, help="loss to cross, if not that of the logs")
+    parser.add_argument("runs", nargs="+", help="a log, a folder, a 'glob', track_3 or track_3#N")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument("--target", type=float, help="the loss to cross (default: the logs' own)")
 
 
 def run(args: Namespace) -> None:
@@ -47,7 +46,7 @@ def run(args: Namespace) -> None:
 
 
 def run_table(groups: list[Group], target: float | None) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per run."""
+    """Return a header and one row per run."""
     goal = "target" if target is None else f"{target:g}"
     header = [
         "group",
@@ -68,13 +67,13 @@ def run_table(groups: list[Group], target: float | None) -> tuple[list[str], lis
     header[4:4] = ["loss at the claimed step"] if claimed else []
     rows = []
     for one in groups:
-        for each in one.runs:
-            row = [one.name, *_run_row(each, target)]
+        for run in one.runs:
+            row = [one.name, *_run_row(run, target)]
             if claimed:
-                loss = each.loss_at(one.step) if one.step else None
+                loss = run.loss_at(one.step) if one.step else None
                 row[4:4] = [f"{number(loss, '.5f')} ({one.step})" if one.step else "-"]
             rows.append(row)
-    metrics = [each.metric for one in groups for each in one.runs]
+    metrics = [run.metric for one in groups for run in one.runs]
     if {*metrics} != {"val_loss"}:
         header.append("metric")
         rows = [[*row, metric] for row, metric in zip(rows, metrics, strict=True)]
@@ -82,17 +81,17 @@ def run_table(groups: list[Group], target: float | None) -> tuple[list[str], lis
     return header[same:], [row[same:] for row in rows]
 
 
-def _run_row(each: Run, target: float | None) -> list[str]:
-    last, best = each.final, each.best
-    crossing = None if target is None else each.crossing(target)
+def _run_row(run: Run, target: float | None) -> list[str]:
+    last, best = run.final, run.best
+    crossing = None if target is None else run.crossing(target)
     where = "not reached" if target is not None else "-"
     if crossing is not None:
         where = f"{crossing.step} ({number(crossing.exact_step, '.1f')})"
-    pace = each.seconds_per_step
-    tokens = each.meta.get("config", {}).get("batch_tokens")
+    pace = run.seconds_per_step
+    tokens = run.meta.get("config", {}).get("batch_tokens")
     return [
-        each.name,
-        each.status,
+        run.name,
+        run.status,
         f"{last.step}/{last.total_steps or '?'}",
         f"{last.val_loss:.5f}",
         f"{best.val_loss:.5f} ({best.step})",
@@ -100,24 +99,24 @@ def _run_row(each: Run, target: float | None) -> list[str]:
         number(crossing and crossing.exact_seconds, ".3f"),
         number(pace and 1000 * pace, ".2f"),
         number(tokens and pace and tokens / pace, ",.0f"),
-        hardware(each),
-        each.meta.get("optimizer", "-"),
-        number(each.seed, "d"),
+        hardware(run),
+        run.meta.get("optimizer", "-"),
+        number(run.seed, "d"),
     ]
 
 
-def hardware(each: Run) -> str:
-    device, count = each.meta.get("device", "unknown"), each.meta.get("world_size", "?")
+def hardware(run: Run) -> str:
+    device, count = run.meta.get("device", "unknown"), run.meta.get("world_size", "?")
     return f"{count} x {device.removeprefix('NVIDIA ')}"
 
 
 def read_back(groups: list[Group]) -> list[str]:
-    """What the optimizers of the runs really used, once for all runs that used the same."""
+    """Return a line for each set of hyperparameters in use, with the runs that used it."""
     runs: dict[str, list[str]] = {}
-    names = [each.name for one in groups for each in one.runs]
-    for part_of, each in ((one, each) for one in groups for each in one.runs if each.optim):
+    names = [run.name for one in groups for run in one.runs]
+    for owner, run in ((one, run) for one in groups for run in one.runs if run.optim):
         parts: dict[str, list[str]] = {}
-        for part in each.optim["groups"]:
+        for part in run.optim["groups"]:
             values = " ".join(
                 f"{SHORT.get(key, key)} {_setting(value)}"
                 for key, value in part.items()
@@ -125,8 +124,8 @@ def read_back(groups: list[Group]) -> list[str]:
             )
             parts.setdefault(values, []).append(part["name"])
         settings = "; ".join(f"{', '.join(same)} {values}" for values, same in parts.items())
-        unique, several = names.count(each.name) == 1, len(groups) > 1
-        name = each.name if unique else _path_in(part_of, each, several)
+        unique, several = names.count(run.name) == 1, len(groups) > 1
+        name = run.name if unique else _path_in(owner, run, several)
         runs.setdefault(settings, []).append(name)
     return [f"settings read back of {', '.join(names)}: {line}" for line, names in runs.items()]
 
@@ -135,11 +134,11 @@ def _setting(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value}".replace(" ", "")
 
 
-def _path_in(one: Group, each: Run, several: bool) -> str:
-    """Of a run whose stem is not its own: its path, below the folder where there is only one."""
-    inside = not several and one.name in map(str, each.path.parents)
-    path = each.path.relative_to(one.name) if inside else each.path
-    return f"{path}#{each.trial}" if each.trial else f"{path}"
+def _path_in(one: Group, run: Run, several: bool) -> str:
+    """Name a run by its path if its stem is not unique, relative to the folder if there is one."""
+    inside = not several and one.name in map(str, run.path.parents)
+    path = run.path.relative_to(one.name) if inside else run.path
+    return f"{path}#{run.trial}" if run.trial else f"{path}"
 
 
 def _entry_row(entry: Entry) -> list[str]:

@@ -1,8 +1,8 @@
-"""Statistics of losses: what the rules of modded-nanogpt's track 3 ask for, and the usual tests.
+"""Compute statistics of losses: the rules of modded-nanogpt's track 3, and the usual tests.
 
 The precision rule for n runs of mean m and a target T is (T - m) * sqrt(n) >= 0.004. It is a
-one-sided z-test with an assumed sigma of 0.0013 per run; 0.004 is z = 3.077, p = 0.00105. Student's
-t with the measured sigma stands beside it: sigma is too large for Muon and too small for AdamW.
+one-sided z-test with an assumed sigma of 0.0013 per run; 0.004 is z = 3.077, p = 0.00105. We print
+Student's t with the measured sigma beside it: 0.0013 is too large for Muon, too small for AdamW.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from typing import NamedTuple
 from scipy import stats
 
 TARGET = 3.28
-SIGMA = 0.0013  # of one run, assumed by the rules
+SIGMA = 0.0013  # the rules assume this standard deviation of a run's loss
 PRECISION = 0.004
-LOSS_PER_STEP = 0.0045 / 100  # the price of a shorter run with its own schedule
+LOSS_PER_STEP = 0.0045 / 100  # the loss that a step is worth, between runs with their own schedules
 TOLERANCE = 1e-9  # (3.28 - 3.278) * sqrt(4) is 0.0039999999999995595 and a pass
 
 
 class Summary(NamedTuple):
-    """Sample sd and Student's t interval of the mean; nan where there is one value."""
+    """Sample sd and Student's t interval of the mean; nan if there is only one value."""
 
     n: int
     mean: float
@@ -41,7 +41,7 @@ class Precision(NamedTuple):
 
 
 class Pairwise(NamedTuple):
-    """Is new better than old? The official left-hand side, its verdict and its one-sided p."""
+    """The official statistic for "new is better than old", its verdict and its one-sided p."""
 
     statistic: float
     passes: bool
@@ -70,7 +70,7 @@ def summary(values: Sequence[float], confidence: float = 0.95) -> Summary:
 
 
 def precision(losses: Sequence[float], target: float = TARGET) -> Precision:
-    """The rule that a valid result obeys, for runs that were not selected."""
+    """Apply the rule for a valid result. It assumes that nobody selected the runs."""
     n, mean, sd, _, _ = summary(losses)
     statistic = (target - mean) * sqrt(n)
     t = statistic / sd if sd > 0 else nan
@@ -85,7 +85,7 @@ def precision(losses: Sequence[float], target: float = TARGET) -> Precision:
 
 
 def extended_until_passed(losses: Sequence[float], target: float = TARGET) -> bool:
-    """True where the rule holds for all runs and not yet without the last one of them."""
+    """True if the rule holds for all runs, but not without the last one."""
     return (
         len(losses) > 1
         and precision(losses, target).passes
@@ -94,7 +94,7 @@ def extended_until_passed(losses: Sequence[float], target: float = TARGET) -> bo
 
 
 def pairwise(old: Sequence[float], old_step: int, new: Sequence[float], new_step: int) -> Pairwise:
-    """The rule for calling new better than old, with the losses at their claimed steps."""
+    """Apply the rule for calling new better than old, to the losses at their claimed steps."""
     loss_gain = summary(old).mean - summary(new).mean
     step_gain = LOSS_PER_STEP * (old_step - new_step)
     statistic = (loss_gain + step_gain) / sqrt(1 / len(old) + 1 / len(new))
@@ -104,7 +104,7 @@ def pairwise(old: Sequence[float], old_step: int, new: Sequence[float], new_step
 
 
 def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Difference:
-    """Means of two independent groups with their own variances; nan where a group has one run."""
+    """Compare the means of two independent groups by Welch's t; nan if a group has one run."""
     difference = summary(a).mean - summary(b).mean
     if min(len(a), len(b)) < 2 or len({*a}) == len({*b}) == 1:
         return Difference(len(a) + len(b), difference, nan, nan, nan, nan, nan)
@@ -118,7 +118,7 @@ def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> D
 def paired(
     a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95
 ) -> Difference | None:
-    """By the seeds that both have; None where that are fewer than two."""
+    """Compare two groups, paired by common seeds; None if there are fewer than two."""
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < 2:
         return None

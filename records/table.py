@@ -1,9 +1,9 @@
-"""Tables for the terminal (rich) and for Markdown, from the same header and rows of texts."""
+"""Print tables in the terminal (rich) or as Markdown, from one header and rows of texts."""
 
 import re
 from collections.abc import Sequence
 
-NUMERIC = re.compile(r"[\[(]?-?\d[\d.,/]*(?:e-?\d+)?[\]),]*")  # a word that must not be broken
+NUMERIC = re.compile(r"[\[(]?-?\d[\d.,/]*(?:e-?\d+)?[\]),]*")  # these words must not be broken
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -12,7 +12,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | str | None, form: str) -> str:
-    """The value in this format, or a dash where it is unknown."""
+    """Format a value; a dash if it is None or nan."""
     return "-" if value is None or value != value else format(value, form)  # nan != nan
 
 
@@ -21,21 +21,21 @@ def p_value(p: float) -> str:
 
 
 def say(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool = False) -> None:
-    """Print a table without the columns that are all dashes; a pipe gets whole lines.
+    """Print a table without the columns that are all dashes. A pipe gets whole lines.
 
-    Numbers are never broken: a table that needs more than the terminal has is wider than it.
+    Numbers are never broken, so a table may be wider than the terminal.
     """
     keep = [index for index in range(len(header)) if any(row[index] != "-" for row in rows)]
     header, rows = [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
     if as_markdown:
         print(markdown(header, rows))
         return
-    from rich import box  # here, so that Markdown needs the standard library only
+    from rich import box  # imported here: Markdown needs the standard library only
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    widths: list[int] = []  # in which no number is broken
+    widths: list[int] = []  # the least that break no number
     for title, *cells in zip(header, *rows, strict=True):
         words = [len(word) for cell in cells for word in cell.split() if NUMERIC.fullmatch(word)]
         widths.append(max([min(6, max(map(len, cells))), *words]))

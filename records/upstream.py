@@ -2,8 +2,8 @@
 
     source | rule | environment | rule | lines step:125/3200 val_loss:4.64419 train_time:66.065s ...
 
-A rule is a line of 100 '='. There are two, one, or none of them (consoles; llm.c: s:250 tel:6.17).
-One file may hold several trials, each starting at the first step again.
+A rule is a line of 100 '='. A log has two, one or none: copies of a console have none, and neither
+have logs of llm.c (s:250 tel:6.17). A file may hold several trials, which start at the same step.
 """
 
 import re
@@ -19,10 +19,14 @@ VALIDATION = re.compile(
     rf"({FIELD}(?: +{FIELD})*)"
 )
 LOOKS_SCORED = re.compile(r"step[:= ] ?\d.*\bval_\w*loss\b *[:=]|\bs:\d+ tel:")  # anywhere
-PART = re.compile(r"(?:\d*\.?\d*|-?(?:in?f?)?|na?n?)(?:ms?|s|%)?")  # of a number that was cut
-SCORED = ("val_ema_loss", "val_loss", "tel")  # the first of these in a line counts; tel: llm.c
+PART = re.compile(r"(?:\d*\.?\d*|-?(?:in?f?)?|na?n?)(?:ms?|s|%)?")  # the beginning of a number
+SCORED = (
+    "val_ema_loss",
+    "val_loss",
+    "tel",
+)  # the first in a line counts; tel is llm.c's
 SOURCE = re.compile(r"(?:import|from) \w+(?:$|[. ,])")
-FACTS = {  # of a public log, from the lines around its results; kept where there is one value only
+FACTS = {  # read from the lines around the results; a fact with several values is dropped
     "torch": re.compile(r"Running py ?torch (\S+)", re.IGNORECASE),
     "device": re.compile(
         r"^(?:Running .*(?: on |device_name=)(.+) with world_size|"
@@ -35,9 +39,10 @@ FACTS = {  # of a public log, from the lines around its results; kept where ther
 
 
 def public_runs(path: Path, lines: list[str], rules: list[int]) -> list[Run]:
-    """Trials begin where the first step of the file stands again; a repeated line counts once.
+    """Split a public log into its trials: one begins wherever the file's first step comes again.
 
-    Only the last result of a file may be cut off; it does not count, and the status says so.
+    A repeated line counts once. Only the last result of a file may be cut off; it does not count,
+    and the status says so.
     """
     _check_source(path, lines, rules)
     trials: list[list[tuple[Point, str, dict]]] = []
@@ -59,22 +64,15 @@ def public_runs(path: Path, lines: list[str], rules: list[int]) -> list[Run]:
             _check_follows(path, number, scored, trials[-1][-1])
             first = trials[-1][0][0].step == 0 and len(trials[-1]) == 1
             if first and {*_shape(model)} < {*_shape(line)}:
-                model = line  # at step 0 some logs lack a field
+                model = line  # some logs lack a field at step 0
             if _shape(line) != _shape(model):
-                raise line_error(
-                    path,
-                    number,
-                    f"'{line[:80]}'",
-                    f"the fields of the first result, '{model[:80]}'",
-                )
+                expected = f"the fields of the first result, '{model[:80]}'"
+                raise line_error(path, number, f"'{line[:80]}'", expected)
             trials[-1].append(scored)
-        model = max(model, line, key=_decimals)
-        short = (
-            None
-            if _decimals(line) == _decimals(model)
-            else line_error(path, number, f"'{line[:80]}'", "as many decimals as before")
-        )
-        if short and line.startswith("step:"):  # these are printed with a fixed number of them
+        model, short = max(model, line, key=_decimals), None
+        if _decimals(line) != _decimals(model):
+            short = line_error(path, number, f"'{line[:80]}'", "as many decimals as before")
+        if short and line.startswith("step:"):  # these have a fixed number of decimals
             raise short
         above = number
     if not trials:
@@ -83,16 +81,15 @@ def public_runs(path: Path, lines: list[str], rules: list[int]) -> list[Run]:
         )
     script = "".join(f"{line}\n" for line in lines[: rules[0] - 1]) if rules else ""
     shared = {key: value for key, value in facts[0].items() if key != "seed"}
+    cuts = [None] * (len(trials) - 1) + [cut]
     return [
-        _public_run(
-            path, script, shared | own, trial, points, cut if trial + 1 == len(trials) else None
-        )
-        for trial, (own, points) in enumerate(zip(facts, trials, strict=True))
+        _public_run(path, script, shared | facts[trial], trial, trials[trial], cuts[trial])
+        for trial in range(len(trials))
     ]
 
 
 def _shape(line: str) -> list[tuple[str, str]]:
-    """The names and units of the fields of a whole result, without its step."""
+    """Return the names and units of a result's fields, without its step."""
     return [
         (name, value[len(value.rstrip("ms%")) :])
         for name, _, value in (field.partition(":") for field in line.split()[1:])
@@ -100,13 +97,13 @@ def _shape(line: str) -> list[tuple[str, str]]:
 
 
 def _decimals(line: str) -> int:
-    """Of the last number, where that has no unit: such a number is a number when cut, too."""
+    """Count the decimals of a last number without a unit: cutting it off leaves a number."""
     field = line.split()[-1]
     return len(field.partition(".")[2]) if field[-1:].isdigit() else 0
 
 
 def _is_cut(line: str, model: str) -> bool:
-    """Whether a result like the model begins so and ends too early; other lines are not cut."""
+    """True if a line begins like the model, a whole result, and ends too early."""
     shape, fields = _shape(model), line.split()[1:]
     if not model:  # the only result of the file
         return bool(VALIDATION.fullmatch(line)) and 0 < _decimals(line) < 4
@@ -128,7 +125,7 @@ def _is_cut(line: str, model: str) -> bool:
 
 
 def _check_source(path: Path, lines: list[str], rules: list[int]) -> None:
-    """Results are looked for below the source only, so that its text cannot be taken for them."""
+    """Raise ValueError if results may stand in the source, or source among the results."""
     if not rules and (
         number := next((n for n, line in enumerate(lines, 1) if SOURCE.match(line)), 0)
     ):
@@ -145,7 +142,7 @@ def _validations(lines: list[str], start: int) -> Iterator[tuple[int, str]]:
 
 
 def _scored(path: Path, number: int, line: str) -> tuple[Point, str, dict]:
-    """The validation, the name of its scored loss, and the other losses of the line."""
+    """Return the validation, the name of its scored loss, and the other losses of the line."""
     match = VALIDATION.fullmatch(line)
     fields = dict(field.split(":") for field in match[4].split()) if match else {}
     metric = next((name for name in SCORED if name in fields), None)
@@ -167,7 +164,8 @@ def _scored(path: Path, number: int, line: str) -> tuple[Point, str, dict]:
 
 def _number(text: str) -> float:
     text = text.rstrip("ms%")
-    return nan if text in ("nan", "") else float(text)  # one object, so that it equals itself
+    # math.nan is one object, so that tuples of points with it compare equal
+    return nan if text in ("nan", "") else float(text)
 
 
 def _check_follows(path: Path, number: int, scored: tuple, before: tuple) -> None:
@@ -180,7 +178,7 @@ def _check_follows(path: Path, number: int, scored: tuple, before: tuple) -> Non
             f"{name} at {last.step}/{last.total_steps}",
             "a later step of the same run",
         )
-    if last.step and point.train_time_s < last.train_time_s:  # clocks may start after step 0
+    if last.step and point.train_time_s < last.train_time_s:  # some clocks start after step 0
         raise line_error(
             path,
             number,

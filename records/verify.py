@@ -1,9 +1,9 @@
 """Compute records and pages again and compare: `python -m records verify [PATH ...]`.
 
-A record is a folder with record.json, a page a Markdown file (.md), a log .txt or .log. Without
-arguments: all records, all pages of README.md, docs/ and records/, the tables of records.report,
-and the code hashes of the committed logs. Prints one sentence per problem and exits with 2 where
-there is any.
+A record is a folder with record.json, a page is a Markdown file (.md), and a log is a .txt or .log
+file. Without arguments, verify checks all records, all pages of README.md, docs/ and records/, the
+tables of records.pages, and the code hashes of the committed logs. It prints one sentence per
+problem and exits with 2 if there are any.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
 
-from records import report
+from records import pages
 from records.log import parse_log
 from records.record import FACTS, contents, problems_of, sha256
 from records.run import Run
@@ -23,7 +23,7 @@ CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 
 
 def dead_links(page: Path) -> list[str]:
-    """One sentence for each relative link of a Markdown file that leads to nothing."""
+    """Return a sentence for each relative link of a Markdown file that leads to nothing."""
     try:
         text = CODE.sub("", page.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
@@ -39,20 +39,20 @@ def dead_links(page: Path) -> list[str]:
 
 
 def verify_page(page: Path, root: Path) -> list[str]:
-    """Its links and, where records.report writes its tables, each of their lines."""
+    """Check a page's links and, if records.pages writes its tables, each line of these."""
     if not page.is_file():
         return [f"{page}: found no such file, expected a page or a folder with record.json"]
     problems = dead_links(page)
-    pages = [name for name in report.PAGES if (root / name).resolve() == page.resolve()]
+    names = [name for name in pages.PAGES if (root / name).resolve() == page.resolve()]
     try:
-        report.check(root, pages)
+        pages.check(root, names)
     except (ValueError, OSError) as error:
         problems.append(str(error))
     return problems
 
 
 def verify_log(path: Path, complete: bool = True) -> list[str]:
-    """That its code hash is the hash of its script and, if asked, that the run went to its end."""
+    """Check that the code hash is that of the script and, if asked, that the run is complete."""
     try:
         run = parse_log(path)
     except (ValueError, OSError) as error:
@@ -73,7 +73,7 @@ def verify_log(path: Path, complete: bool = True) -> list[str]:
 
 
 def verify_path(path: Path, root: Path) -> list[str]:
-    """A record, a page or a log, each in its own way."""
+    """Check a record, a page or a log."""
     if path.is_dir():
         return verify_record(path)
     if path.is_file() and path.suffix in (".txt", ".log"):
@@ -87,7 +87,7 @@ def verify_path(path: Path, root: Path) -> list[str]:
 
 
 def verify_record(folder: Path) -> list[str]:
-    """All that pack promises; a problem that hides others is reported alone."""
+    """Check everything that pack promises. A problem that hides others is reported alone."""
     try:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         facts = {key: str(record[key]) for key in FACTS}
@@ -98,7 +98,7 @@ def verify_record(folder: Path) -> list[str]:
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     problems = [f"{folder / name}: missing" for name in sorted(expected - found)]
     problems += [
-        f"{folder / name}: record.json does not name it, expected nothing else in a record"
+        f"{folder / name}: record.json does not name it, expected no other files in a record"
         for name in sorted(found - expected)
     ]
     if problems or not named:
@@ -111,7 +111,7 @@ def verify_record(folder: Path) -> list[str]:
 
 
 def _compare(folder: Path, logs: dict[str, Run], facts: dict[str, str]) -> list[str]:
-    """What is written against what the logs say: first difference of each file."""
+    """Compare the written pages with the logs; report the first difference of each file."""
     problems = [
         f"{folder / name}: holds the run of seed {run.seed}, expected another file name"
         for name, run in logs.items()
@@ -132,7 +132,7 @@ def _compare(folder: Path, logs: dict[str, Run], facts: dict[str, str]) -> list[
 
 def verify_all(root: Path) -> list[str]:
     records = sorted(path.parent for path in root.glob("records/*/*/record.json"))
-    pages = [
+    texts = [
         root / "README.md",
         *sorted(root.glob("docs/*.md")),
         *sorted(path for path in root.glob("records/**/*.md") if path.parent not in records),
@@ -142,7 +142,7 @@ def verify_all(root: Path) -> list[str]:
         problem
         for some in (
             *map(verify_record, records),
-            *(verify_page(page, root) for page in pages),
+            *(verify_page(page, root) for page in texts),
             *(verify_log(path, complete=False) for path in logs),
         )
         for problem in some
@@ -150,13 +150,13 @@ def verify_all(root: Path) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", type=Path, help="folders of records, pages, logs")
+    parser.add_argument("paths", nargs="*", type=Path, help="folders of records, pages or logs")
 
 
 def run(args: argparse.Namespace) -> None:
-    problems = [] if args.paths else verify_all(report.ROOT)
+    problems = [] if args.paths else verify_all(pages.ROOT)
     for path in args.paths:
-        problems += verify_path(path, report.ROOT)
+        problems += verify_path(path, pages.ROOT)
     if problems:
         raise ValueError("\n".join(problems))
     print(f"verified: {', '.join(map(str, args.paths)) or 'all records and pages'}")

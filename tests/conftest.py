@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import train_gpt
+from data.loader import Shards, open_shards
 from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,12 @@ def tiny(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
     return lambda *more: ["--preset", "tiny", "--data", str(corpus), "--device", "cpu", *more]
+
+
+def shards_of(config: train_gpt.Config) -> tuple[Shards, torch.Tensor]:
+    """Return the training shards and the validation tokens of a run, as main opens them."""
+    sizes = config.steps, config.batch_tokens, config.val_tokens, config.vocab_size
+    return open_shards(config.data, config.get_data, *sizes, config.wrap)
 
 
 def free_port() -> int:

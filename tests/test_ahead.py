@@ -1,4 +1,4 @@
-"""kernels/ahead.py: where Triton's compilations are kept, and that threads make them in time."""
+"""models/ahead.py: threads compile Triton's kernels in time, and its cache keeps its key."""
 
 import os
 import threading
@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, in_fresh_python
 
-import kernels
-from kernels.ahead import compiled_ahead, keep_in_one_place
+from models.ahead import compiled_ahead, keep_cache_key
+from models.head import capped_loss_by_torch
+from models.passes import capped_loss_by_triton
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it compiles nothing")
 
@@ -19,10 +20,10 @@ GPU = torch.device("cuda", 2)
 TRITON = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-import kernels
-from kernels.ahead import compiled_ahead
+from models import gemm, passes
+from models.ahead import compiled_ahead
 
-class Driver:  # of a Hopper GPU that loads nothing
+class Driver:  # stands for a Hopper GPU, loads nothing
     get_current_device = get_current_stream = lambda *_: 0
     get_current_target = lambda _: GPUTarget("cuda", 90, 32)
     @property
@@ -30,24 +31,24 @@ class Driver:  # of a Hopper GPU that loads nothing
         raise RuntimeError("launched")
 
 triton.runtime.driver.set_active(Driver())
-torch.cuda.set_device = kernels.products.processors = lambda _: 132
+torch.cuda.set_device = gemm.count_sms = lambda _: 132
 x, W, b = torch.zeros(512, 64).bfloat16(), torch.zeros(256, 64).bfloat16(), torch.zeros(256)
 targets, post, losses = torch.zeros(256, dtype=torch.int64), torch.zeros(512, 256).bfloat16(), b
 qkv, tables = torch.zeros(384, 64).bfloat16(), torch.zeros(256, 1, 64)
 q, turned = torch.zeros(256, 1, 128).bfloat16(), torch.zeros(256, 3, 1, 128).bfloat16()
-calls = [lambda: kernels.norm_by_triton(x, b[:64], b[:64]),
-         lambda: kernels.norm_gradient_by_triton(x, x, x, b[:64], losses),
-         lambda: kernels.embed_by_triton(targets, W, b[:64], b[:64]),
-         lambda: kernels.embed_gradient_by_triton(W, W, W, targets, W, b[:64], b[:64], losses),
-         lambda: kernels.rotary_gradient_by_triton(q, q, turned, tables, tables, losses),
-         lambda: kernels.multiply_by_triton(x, b[0]),
-         lambda: kernels.relu_square_by_gluon(x, W, b),
-         lambda: kernels.relu_square_gradient_by_gluon(x, W.mT.contiguous(), post),
-         lambda: kernels.joined_by_gluon(x, W.mT.contiguous()),
-         lambda: kernels.qkv_by_gluon(x, qkv, b, tables, tables, kernels.angles_of(tables, tables)),
-         lambda: kernels.logits_by_gluon(x, W, b, 15.0),
-         lambda: kernels.capped_loss_by_triton(W, targets),
-         lambda: kernels.capped_gradient_by_triton(W, targets, losses)]
+calls = [lambda: passes.norm_by_triton(x, b[:64], b[:64]),
+         lambda: passes.norm_gradient_by_triton(x, x, x, b[:64], losses),
+         lambda: passes.embed_by_triton(targets, W, b[:64], b[:64]),
+         lambda: passes.embed_gradient_by_triton(W, W, W, targets, W, b[:64], b[:64], losses),
+         lambda: passes.rotary_gradient_by_triton(q, q, turned, tables, tables, losses),
+         lambda: passes.multiply_by_triton(x, b[0]),
+         lambda: gemm.relu_square_by_gluon(x, W, b),
+         lambda: gemm.relu_square_gradient_by_gluon(x, W.mT.contiguous(), post),
+         lambda: gemm.matmul_by_gluon(x, W.mT.contiguous()),
+         lambda: gemm.qkv_by_gluon(x, qkv, b, tables, tables, gemm.pack_angles(tables, tables)),
+         lambda: gemm.logits_by_gluon(x, W, b, 15.0),
+         lambda: passes.capped_loss_by_triton(W, targets),
+         lambda: passes.capped_gradient_by_triton(W, targets, losses)]
 with compiled_ahead(torch.device("cuda", 0), lambda: [call() for call in calls + calls]):
     pass
 triton.knobs.runtime.jit_cache_hook = lambda **_: print("compiles again")
@@ -60,7 +61,7 @@ for call in calls:
 
 
 class Kernel:
-    """As Triton's, of which Python sees: the hook is asked before each compilation."""
+    """Behaves as Triton's kernels do: asks the hook before each compilation."""
 
     def __init__(self) -> None:
         self.made, self.launched, self.may_end = [], [], threading.Event()
@@ -94,7 +95,7 @@ class Made:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """The devices that threads were given, on a machine without one."""
+    """Collect the devices that threads select, on a machine without any."""
     devices = []
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     for name in ("TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"):
@@ -157,13 +158,13 @@ def test_on_a_gpu_nothing_is_left_to_compile() -> None:
         pytest.skip("no GPU: Triton's part is played by a stand-in above")
     z = torch.randn(64, 512, device="cuda").bfloat16()
     targets, asked = torch.zeros(64, dtype=torch.int64, device="cuda"), []
-    with compiled_ahead(z.device, lambda: kernels.capped_loss_by_triton(z, targets)):
+    with compiled_ahead(z.device, lambda: capped_loss_by_triton(z, targets)):
         pass
     triton.knobs.runtime.jit_cache_hook = lambda **about: asked.append(about) is not None
-    losses, log_sums = kernels.capped_loss_by_triton(z, targets)
+    losses, log_sums = capped_loss_by_triton(z, targets)
     triton.knobs.runtime.jit_cache_hook = None
     assert not asked
-    assert torch.allclose(losses, kernels.capped_loss_by_torch(z, targets)[0], atol=1e-3)
+    assert torch.allclose(losses, capped_loss_by_torch(z, targets)[0], atol=1e-3)
 
 
 def test_compilations_are_kept_where_they_were_whatever_inductor_does(
@@ -175,16 +176,17 @@ def test_compilations_are_kept_where_they_were_whatever_inductor_does(
         monkeypatch.setenv(name, "to be restored")
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRITON_HOME", "/somewhere")
-    keep_in_one_place()
+    keep_cache_key()
     folder, ptxas = (os.environ[name] for name in names)
     assert folder == "/somewhere/.triton/cache"
     assert ptxas.endswith("triton/backends/nvidia/bin/ptxas") and Path(ptxas).is_file()
     for name in names:
         monkeypatch.setenv(name, "mine")
-    keep_in_one_place()
+    keep_cache_key()
     assert [os.environ[name] for name in names] == ["mine", "mine"]
 
 
 def test_importing_changes_no_variable() -> None:
-    show = "import os; before = dict(os.environ); import kernels; print(before == os.environ)"
+    show = "import os; before = dict(os.environ); import models.ahead, models.head, models.trunk"
+    show += "; print(before == os.environ)"
     assert in_fresh_python("-c", show, cwd=ROOT)[1] == "True\n"

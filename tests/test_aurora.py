@@ -1,4 +1,4 @@
-"""optimizers/aurora.py: the invariants of the balanced polar factor, and the optimizers' steps.
+"""optimizers/balance.py: the invariants of the balanced polar factor, and the optimizers' steps.
 
 The float64 tests use exact polar factors; whole steps against a reference are in test_parity.py.
 """
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimizers.aurora import Aurora, balanced_polar
-from optimizers.muon import Muon
+from optimizers import Aurora, Muon
+from optimizers.balance import balanced_polar
 from optimizers.polar import polar
 
 EXACT = dict(method="exact", dtype=torch.float64)

@@ -139,3 +139,12 @@ def test_a_script_with_another_end_is_no_submission(tiny: Tiny) -> None:
     assert script_of(replace(run, meta=run.meta | {"argv": []})) == run.script
     with pytest.raises(ValueError, match="expected a log of train_gpt.py"):
         script_of(replace(run, script="print()\n"))
+
+
+def test_the_log_says_which_arguments_a_submission_leaves_out(tiny: Tiny) -> None:
+    assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
+    run = parse_log("a.txt")
+    config = run.meta["config"] | {"keep_warm": True, "cache_dir": "x"}
+    argv = ["--cache-dir", "/home/me", "--no-keep-warm", "--steps", "1", "--seed", "1"]
+    meta = run.meta | {"config": config, "argv": argv, "free": ["cache_dir", "keep_warm", "seed"]}
+    assert "main(['--steps', '1'] + sys.argv[1:])" in script_of(replace(run, meta=meta))

@@ -9,7 +9,7 @@ import torch
 from conftest import on_ranks
 
 import train_gpt
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, Muon, WeightAverage, ramp
 from records.log import parse_log
 
 
@@ -80,6 +80,67 @@ def test_eval_prints_the_loss_that_the_run_logged_and_writes_nothing(
     assert sorted(Path().iterdir()) == files
 
 
+class Averaged(Muon):
+    """Validates the average of the weights of the last two steps or so."""
+
+    around, schedules = (WeightAverage(span=2, first=1, mix=0.9),), dict(momentum=ramp(0.9, 3))
+
+
+def test_eval_validates_the_averaged_weights(
+    tiny: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the checkpoint's own optimizer, whichever --optimizer is the default."""
+    monkeypatch.setitem(OPTIMIZERS, "averaged", Averaged)
+    flags = ["--optimizer", "averaged", "--steps", "6", "--checkpoint", "run.pt"]
+    assert train_gpt.main(tiny(*flags, "--log", "a.txt")) == 0
+    final = parse_log("a.txt").points[-1].val_loss
+    capsys.readouterr()
+    assert train_gpt.main(tiny("--eval", "run.pt")) == 0
+    averaged = float(re.search(r"val_loss:(\S+)", capsys.readouterr().out)[1])
+    assert averaged == pytest.approx(final, abs=2e-5)
+    saved = torch.load("run.pt", weights_only=True)
+    saved["around"] = [{"average": [p.float() for p in weights_in(saved)]}]
+    torch.save(saved, "last.pt")
+    assert train_gpt.main(tiny("--eval", "last.pt")) == 0
+    last = float(re.search(r"val_loss:(\S+)", capsys.readouterr().out)[1])
+    assert abs(last - final) > 1e-2, "the last weights have another loss"
+
+
+def weights_in(saved: dict) -> list[torch.Tensor]:
+    """Return the weights of a checkpoint in the order in which the optimizer has them."""
+    model = train_gpt.build_model(train_gpt.Config(**saved["config"]), torch.device("cpu"))
+    model.load_state_dict(saved["model"])
+    config = train_gpt.replace(train_gpt.Config(**saved["config"]), optimizer="muon")
+    return [p.detach() for p in train_gpt.build_optimizer(model, config).params]
+
+
+def test_averages_go_on_from_a_checkpoint(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the schedule of the momentum."""
+    monkeypatch.setitem(OPTIMIZERS, "averaged", Averaged)
+    base = ["--optimizer", "averaged", "--steps", "6"]
+    assert train_gpt.main(tiny(*base, "--log", "whole.txt")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off_after(3, patch)
+        with pytest.raises(CutOffError):
+            train_gpt.main(tiny(*base, "--log", "first.txt", "--checkpoint", "run.pt"))
+    assert train_gpt.main(tiny(*base, "--log", "second.txt", "--checkpoint", "run.pt")) == 0
+    assert losses("second.txt") == losses("whole.txt")[2:]
+
+
+def test_eval_of_a_checkpoint_of_an_unknown_optimizer_is_one_sentence(
+    tiny: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a fork, or under a name that was changed since."""
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
+    saved = torch.load("run.pt", weights_only=True)
+    saved["config"]["optimizer"] = "lion"
+    torch.save(saved, "run.pt")
+    capsys.readouterr()
+    assert train_gpt.main(tiny("--eval", "run.pt")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "optimizer 'lion' is none of ['adamw', 'muon'" in said
+
+
 def spoilt(kind: str) -> None:
     saved = torch.load("run.pt", weights_only=True)
     if kind == "cut":
@@ -129,6 +190,32 @@ def test_what_an_older_checkpoint_does_not_say_was_as_it_is_by_default(tiny: Cal
     del saved["config"]["fp8"]
     torch.save(saved, "run.pt")
     assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "b.txt")) == 0
+
+
+YOUNGER = {"around"}, {"model", "expansion"}  # keys of a checkpoint and of its config
+OLDER = {"config", "model", "seed", "step", "points", "shards", "adamw", "matrix"}
+
+
+@pytest.mark.parametrize("name", ["muon", "aurora"])
+def test_a_checkpoint_from_before_models_had_names_goes_on(tiny: Callable, name: str) -> None:
+    """Commit 90801fc wrote these keys and no others."""
+    base = ["--optimizer", name, "--steps", "6"]
+    assert train_gpt.main(tiny(*base, "--log", "whole.txt")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off_after(3, patch)
+        with pytest.raises(CutOffError):
+            train_gpt.main(tiny(*base, "--log", "first.txt", "--checkpoint", "run.pt"))
+    saved = torch.load("run.pt", weights_only=True)
+    for key in YOUNGER[0]:
+        del saved[key]
+    for key in YOUNGER[1]:
+        del saved["config"][key]
+    assert saved.keys() == OLDER
+    torch.save(saved, "run.pt")
+    assert train_gpt.main(tiny(*base, "--log", "second.txt", "--checkpoint", "run.pt")) == 0
+    assert losses("second.txt") == losses("whole.txt")[2:]
+    torch.save(saved, "run.pt")
+    assert train_gpt.main(tiny("--eval", "run.pt")) == 0
 
 
 def test_another_seed_or_other_data_do_not_go_on_from_it(

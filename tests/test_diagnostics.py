@@ -12,6 +12,7 @@ from conftest import on_ranks
 from torch import Tensor, nn
 
 import train_gpt
+from models.microbatch import Microbatches
 from optimizers import OPTIMIZERS, Aurora, Diagnostics, Muon, activity
 from optimizers.diagnostics import leverage
 from records.log import parse_log
@@ -25,6 +26,13 @@ def tensor(*shape: int, seed: int) -> Tensor:
     return rows * torch.randn(*shape, generator=generator)
 
 
+class Silent(nn.Module):
+    """A model without layers to watch, for tests of the matrices."""
+
+    def neurons(self) -> dict[str, nn.Module]:
+        return {}
+
+
 def measured(kind: type, steps: int = 3, **how: object) -> tuple[list[dict], dict, dict]:
     """Diagnostics after each step, and weights before and gradients of the last, by name."""
     groups = [
@@ -32,7 +40,7 @@ def measured(kind: type, steps: int = 3, **how: object) -> tuple[list[dict], dic
         for name, shape, axis in MATRICES
     ]
     opt = kind(groups, lr=0.1, weight_decay=0.2, **how)
-    diagnostics, found = Diagnostics(opt), []
+    diagnostics, found = Diagnostics(opt, Silent()), []
     params = {group["name"]: group["params"][0] for group in opt.param_groups}
     for step in range(1, steps + 1):
         before = {name: p.detach().clone() for name, p in params.items()}
@@ -40,7 +48,7 @@ def measured(kind: type, steps: int = 3, **how: object) -> tuple[list[dict], dic
             p.grad = tensor(*p.shape, seed=10 * step + i)
         diagnostics.before_step()
         opt.step()
-        found.append(diagnostics.measure(step))
+        found.append(diagnostics.measure(step, [])["matrices"])
     return found, before, params
 
 
@@ -89,14 +97,14 @@ def test_a_neuron_persists_only_while_it_starves_at_every_check() -> None:
     """Neuron 0 never gets a gradient, neuron 1 only at the second check."""
     p = nn.Parameter(tensor(32, 4, seed=0))
     opt = Muon([dict(params=[("W", p)], neuron_axis=0)], lr=0.1, weight_decay=0.0, momentum=0.0)
-    diagnostics = Diagnostics(opt)
+    diagnostics = Diagnostics(opt, Silent())
     for step in (10, 20, 30):
         p.grad = torch.randn(32, 4, generator=torch.Generator().manual_seed(step))
         p.grad[0] = 0
         p.grad[1] *= step == 20
         diagnostics.before_step()
         opt.step()
-        found = diagnostics.measure(step)["W"]["persistent"]
+        found = diagnostics.measure(step, [])["matrices"]["W"]["persistent"]
     assert found == {
         10: pytest.approx(1 / 32, rel=1e-3),
         20: pytest.approx(1 / 32, rel=1e-3),
@@ -108,22 +116,23 @@ def test_groups_without_names_are_told_apart() -> None:
     """Both were called None.0, and one was measured with the other's weights."""
     params = [nn.Parameter(tensor(8, 2, seed=seed)) for seed in (0, 1)]
     opt = Muon([dict(params=[p], neuron_axis=0) for p in params])
-    diagnostics = Diagnostics(opt)
+    diagnostics = Diagnostics(opt, Silent())
     for p in params:
         p.grad = tensor(8, 2, seed=2)
     diagnostics.before_step()
     opt.step()
-    assert sorted(diagnostics.measure(1)) == ["0.0", "1.0"]
+    assert sorted(diagnostics.measure(1, [])["matrices"]) == ["0.0", "1.0"]
 
 
 def test_a_first_step_from_nothing_and_no_gradient_at_all_stay_json() -> None:
     p = nn.Parameter(torch.zeros(8, 2))
     opt = Muon([dict(params=[p], neuron_axis=0, name="x")])
-    diagnostics = Diagnostics(opt)
+    diagnostics = Diagnostics(opt, Silent())
     p.grad = torch.zeros(8, 2)
     diagnostics.before_step()
     opt.step()
-    found = json.loads(json.dumps(diagnostics.measure(1), allow_nan=False))
+    measured = diagnostics.measure(1, [])["matrices"]
+    found = json.loads(json.dumps(measured, allow_nan=False))
     assert found["x.0"]["update"]["cv"] is None and found["x.0"]["leverage"]["below"] == [1, 1, 1]
 
 
@@ -153,6 +162,34 @@ def test_silent_neurons_are_those_that_no_token_fires() -> None:
     assert not layer._forward_hooks
 
 
+def test_neurons_are_those_of_the_model_as_its_plain_modules_compute_them() -> None:
+    """Fused kernels call no module, so no hook of a layer would run."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def neurons(self) -> dict[str, nn.Module]:
+            return {"fc": self.fc}
+
+        def hidden(self, tokens: Tensor, plain: bool = False) -> Tensor:
+            assert plain and not torch.is_grad_enabled()
+            return self.fc(tokens)
+
+    model, batches = Model(), [tensor(2, 5, 3, seed=i) for i in range(3)]
+    p = nn.Parameter(tensor(8, 2, seed=0))
+    opt = Muon([dict(params=[("W", p)], neuron_axis=0)])
+    diagnostics, p.grad = Diagnostics(opt, model), tensor(8, 2, seed=1)
+    diagnostics.before_step()
+    opt.step()
+    found = diagnostics.measure(7, iter(batches))
+    assert found.keys() == {"step", "seconds", "matrices", "neurons"} and found["step"] == 7
+    assert found["seconds"] >= 0 and found["matrices"].keys() == {"W"}
+    assert found["neurons"] == activity(model.neurons(), model.fc, batches)
+    assert 0 < found["neurons"]["fc"]["firing"] < 1
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_logs_a_diag_line_at_each_validation_and_learns_the_same(
     tiny: Callable, name: str
@@ -174,16 +211,16 @@ def test_a_gradient_that_is_not_finite_is_named_once_for_a_validation(
     tiny: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One parameter's gradient is spoilt in step 3; all others fail in step 4, after it."""
-    honest, calls = train_gpt.Trainer.forward_backward, []
+    honest, calls = Microbatches.backward, []
 
-    def spoilt(self: train_gpt.Trainer, *args: object) -> Tensor:
+    def spoilt(self: Microbatches, *args: object) -> Tensor:
         loss = honest(self, *args)
         calls.append(None)
         if len(calls) == 4:  # the first call was the warm-up's
             self.model.blocks[1].attn.k.weight.grad[2, 3] = torch.nan
         return loss
 
-    monkeypatch.setattr(train_gpt.Trainer, "forward_backward", spoilt)
+    monkeypatch.setattr(Microbatches, "backward", spoilt)
     assert train_gpt.main(tiny("--log", "bad.txt")) == 1
     run = parse_log("bad.txt")
     (line,) = run.extra["nonfinite"]

@@ -1,7 +1,7 @@
 """All optimizers on hard inputs: what their docstrings and docs/optimizers.md promise.
 
-`direction` is the first update before scale, decay and lr. Aurora's own invariants are in
-test_aurora.py, those of polar factors in test_polar.py, whole steps in test_parity.py.
+`direction` is the first update before the aspect factor, decay and lr. Aurora's own invariants are
+in test_aurora.py, those of polar factors in test_polar.py, whole steps in test_parity.py.
 """
 
 import pytest
@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimizers import OPTIMIZERS, aurora
-from optimizers.aurora import balanced_polar, best_exponent
+from optimizers import OPTIMIZERS, Aspect, balance
+from optimizers.balance import balanced_polar, best_exponent
 from optimizers.polar import factor
+from optimizers.slot import MatrixOptimizer
 
 MATRIX = [name for name in OPTIMIZERS if name != "adamw"]
 EVEN_ROWS = ["normuon", "unormuon"]  # the others end in a polar factor
@@ -43,13 +44,19 @@ def cluster(m: int = 256, n: int = 64, share: float = 0.25, dims: int = 4) -> Te
     return torch.cat([gaussian(k, dims) @ gaussian(dims, n, seed=1), gaussian(m - k, n, seed=2)])
 
 
+def without_aspect(name: str) -> type[MatrixOptimizer]:
+    optimizer = OPTIMIZERS[name]
+    kept = tuple(t for t in optimizer.techniques if not isinstance(t, Aspect))
+    return type(optimizer.__name__, (optimizer,), dict(techniques=kept))
+
+
 def direction(name: str, *grads: Tensor, **group) -> Tensor:
     """The update after the last of these gradients, in their order, from empty state."""
     p = torch.nn.Parameter(torch.zeros_like(grads[0]))
-    opt = OPTIMIZERS[name]([dict(params=[p], **group)])
+    opt = without_aspect(name)([dict(params=[p], **group)])
     state = opt.init_state(grads[0][None])
     for grad in grads:
-        U = opt.update(grad[None], state, opt.param_groups[0])[0]
+        U = opt.update(grad[None], p.detach()[None], state, opt.param_groups[0])[0]
     return U
 
 
@@ -147,9 +154,9 @@ def test_hard_gradients_give_a_bounded_descent_direction(
 def test_a_zero_matrix_gets_no_update_and_disturbs_no_other(name: str, dtype: torch.dtype) -> None:
     X = uneven(24, 6).float()
     p = torch.nn.Parameter(torch.zeros_like(X))
-    opt = OPTIMIZERS[name]([dict(params=[p], neuron_axis=0)], dtype=dtype)
+    opt = without_aspect(name)([dict(params=[p], neuron_axis=0)], dtype=dtype)
     stack = torch.stack([torch.zeros_like(X), X])
-    U = opt.update(stack, opt.init_state(stack), opt.param_groups[0])
+    U = opt.update(stack, torch.zeros_like(stack), opt.init_state(stack), opt.param_groups[0])
     assert not U[0].any() and error(U[1], direction(name, X, dtype=dtype, neuron_axis=0)) < 0.01
 
 
@@ -292,7 +299,7 @@ def scalings(monkeypatch: pytest.MonkeyPatch, X: Tensor, **how) -> list[Tensor]:
         seen.append(rows.norm(dim=-1)[0])
         return factor(rows, norm, method, dtype)
 
-    monkeypatch.setattr(aurora, "factor", spy)
+    monkeypatch.setattr(balance, "factor", spy)
     balanced_polar(X[None], method="exact", dtype=torch.float64, **how)
     return seen
 

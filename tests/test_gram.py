@@ -7,7 +7,7 @@ import torch
 from test_polar import make
 from torch import Tensor
 
-from optimizers.aurora import balanced_polar
+from optimizers.balance import balanced_polar
 from optimizers.gram import EXPRESS6, LEVERAGE4, gram_polar, polynomial
 from optimizers.polar import NORM, polar
 

@@ -58,7 +58,7 @@ def plainly(checkpoint: Path, examples: list[Example]) -> tuple[float, float]:
         for ending in endings:
             scored = list(tokenizer.encode(" " + ending))
             ids = torch.tensor([*tokenizer.encode(context), *scored])[-config.row_tokens - 1 :]
-            log_p = F.log_softmax(model.logits(model.trunk(ids[None, :-1]))[0], dim=-1)
+            log_p = F.log_softmax(model.logits(model.hidden(ids[None, :-1]))[0], dim=-1)
             loss = -log_p.gather(1, ids[1:, None])[-len(scored) :, 0].double()
             totals.append(loss.sum().item())
             means.append(loss.mean().item())
@@ -109,8 +109,8 @@ def test_losses_are_those_of_rows_alone_and_every_input_has_one_shape(tmp_path: 
     _, config, _ = load_model(tmp_path / "run.pt", torch.device("cpu"))
     tokenizer, _ = tokenizer_of(config)
     rows = [row for e in made_examples(6) for row in hellaswag.render(e, tokenizer, 32)[0]]
-    honest, shapes = model.trunk, set()
-    model.trunk = lambda inputs: (shapes.add(inputs.shape), honest(inputs))[1]
+    honest, shapes = model.hidden, set()
+    model.hidden = lambda inputs: (shapes.add(inputs.shape), honest(inputs))[1]
     together = hellaswag.losses(model, rows, 5, 32)
     assert shapes == {(5, 32)} and len(together) == 24
     alone = [hellaswag.losses(model, [row], 1, len(row.tokens) - 1)[0] for row in rows]

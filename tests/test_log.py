@@ -9,15 +9,16 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, in_fresh_python, on_ranks
 
 import train_gpt
 from records.log import RULE, Run, parse_log
-from train_gpt import flatten
+from records.writer import flatten
 
 Tiny = Callable[..., list[str]]
 DEMO = (
@@ -39,9 +40,11 @@ DEMO = (
     "1",
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-PACKAGES = ("kernels", "optimizers")
-SOURCES = [f"{package}/{p.name}" for package in PACKAGES for p in (ROOT / package).glob("*.py")]
-SOURCES = ["train_gpt.py", *SOURCES]
+PACKAGES = ("data", "models", "optimizers", "records")
+SOURCES = ["train_gpt.py", "data/loader.py"]
+SOURCES += [f"records/{name}.py" for name in ("checkpoint", "crossing", "writer")]
+SOURCES += [f"optimizers/{path.name}" for path in (ROOT / "optimizers").glob("*.py")]
+SOURCES += [f"models/{p.name}" for p in (ROOT / "models").glob("*.py") if p.name != "__init__.py"]
 
 
 def launch(script: Path, corpus: Path, cwd: Path, size: int) -> tuple[str, Run, str]:
@@ -262,8 +265,76 @@ def test_a_name_of_two_modules_is_an_error(tmp_path: Path, again: str) -> None:
         a="def f():\n    return 1\n",
         main=f"from package import f\n\n{again}\n",
     )
-    with pytest.raises(AssertionError, match="f: .*a.py.*main.py"):
+    with pytest.raises(ValueError, match="^f is .*a.py.* and .*main.py.*rename one"):
         flatten(main)
+
+
+@pytest.mark.parametrize(
+    "here, there",
+    [
+        ("from json import loads", "from marshal import loads"),
+        ("from json import loads", "import marshal as loads"),
+        ("from json import loads", "def loads(): ..."),
+        (
+            "try:\n    from json import loads\nexcept ImportError:\n    loads = None",
+            "from marshal import loads",
+        ),
+        (
+            "if True:\n    from json import loads",
+            "try:\n    from marshal import loads\nexcept ImportError:\n    loads = None",
+        ),
+        ("import json", "json = {}"),
+        (
+            "try:\n    import no_such\nexcept ImportError:\n    loads = 1",
+            "loads = 2",
+        ),
+    ],
+)
+def test_a_name_from_two_places_is_an_error(tmp_path: Path, here: str, there: str) -> None:
+    """Both modules work alone. In one text the functions of the first find the second's name."""
+    use = "from .a import f\n"
+    body = f"{here}\n\n\ndef f():\n    return 1\n"
+    main = write_tree(tmp_path, __init__=use, a=body, main=f"from package import f\n\n{there}\n")
+    with pytest.raises(ValueError, match="^(loads|json) is .*a.py.* and .*main.py.*rename one"):
+        flatten(main)
+
+
+def test_what_two_modules_import_from_one_place_is_accepted(tmp_path: Path) -> None:
+    """Also `import a` beside `import a.b`, which binds a as well, and a package that is missing."""
+    missing = "try:\n    from no_such import thing\nexcept ImportError:\n    thing = None\n"
+    main = write_tree(
+        tmp_path,
+        __init__="from .a import f\n",
+        a=f"import os\nfrom json import dumps\n\n{missing}\n\ndef f():\n    return os.sep\n",
+        main=f"import os.path\nfrom json import dumps\n\nfrom package import f\n\n{missing}\n"
+        'print(dumps([f(), os.path.join("a", "b"), thing]))\n',
+    )
+    (alone := tmp_path / "alone").mkdir()
+    (alone / "flat.py").write_text(flatten(main))
+    code, out, err = in_fresh_python("flat.py", cwd=alone)
+    assert (code, out, err) == (0, '["/", "a/b", null]\n', "")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "from package import f as g",
+        "from package.a import f as g",
+        "import package",
+        "import package.a as a",
+        "import json, package.a",
+        "def g():\n    from package import f",
+        "try:\n    from package import f\nexcept ImportError:\n    f = None",
+    ],
+)
+def test_an_own_import_that_cannot_be_a_comment_is_an_error(tmp_path: Path, how: str) -> None:
+    """Alone, a script would not find the module, and in a try statement nobody would notice."""
+    body = "def f():\n    return 1\n"
+    main = write_tree(tmp_path, __init__="from .a import f\n", a=body, main=f"x = 1\n{how}\n")
+    with pytest.raises(ValueError, match="main.py, line [23]: import own modules by from"):
+        flatten(main)
+    main.write_text("from package import f\n")
+    assert "def f" in flatten(main)
 
 
 def bound(path: Path) -> dict[str, str]:
@@ -272,8 +343,9 @@ def bound(path: Path) -> dict[str, str]:
 
     def look(nodes: list[ast.stmt]) -> None:
         for node in nodes:
-            if isinstance(node, ast.ImportFrom) and (node.level or node.module in PACKAGES):
-                continue  # a sibling's name, bound there
+            if isinstance(node, ast.ImportFrom):
+                if node.level or node.module.partition(".")[0] in PACKAGES:
+                    continue  # the name of another module of ours, bound there
             if isinstance(node, ast.Import | ast.ImportFrom):
                 module = getattr(node, "module", None)
                 for a in node.names:
@@ -409,7 +481,7 @@ def test_a_log_is_written_as_it_happens(tiny: Tiny, monkeypatch: pytest.MonkeyPa
     seen: list[int] = []
     usual = train_gpt.train_batches
 
-    def watched(*args):
+    def watched(*args: object) -> Iterator:
         for batch in usual(*args):
             text = Path("a.txt").read_text() if Path("a.txt").exists() else ""
             seen.append(text.count(" train_time:") - flat.count(" train_time:"))
@@ -426,3 +498,43 @@ def test_meta_is_json_with_every_field_of_the_config(tiny: Tiny) -> None:
     meta = parse_log("a.txt").meta
     assert set(meta["config"]) == set(train_gpt.Config.__dataclass_fields__)
     assert meta["format"] == 1
+
+
+def test_meta_says_which_settings_change_no_loss(tiny: Tiny) -> None:
+    """Readers of logs group runs whose other settings are equal."""
+    assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
+    free = parse_log("a.txt").meta["free"]
+    assert free == [*train_gpt.Config().of("free")] and {"seed", "log", "device"} <= set(free)
+    assert not {"steps", "optimizer", "width", "rows"} & set(free)
+
+
+def test_meta_says_which_kernels_ran_and_why_not_the_fused_ones(tiny: Tiny) -> None:
+    assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
+    kernels = parse_log("a.txt").meta["kernels"]
+    assert kernels.keys() == {"trunk", "head", "optimizer"}
+    assert kernels["trunk"] == "plain PyTorch: device cpu"
+    assert kernels["head"] == "PyTorch: device cpu"
+    assert kernels["optimizer"].startswith("eager, ") and "no CUDA device" in kernels["optimizer"]
+    assert train_gpt.main(tiny("--steps", "1", "--no-compile", "--log", "b.txt")) == 0
+    kernels = parse_log("b.txt").meta["kernels"]
+    assert kernels["trunk"] == "plain PyTorch: --no-compile"
+    assert kernels["optimizer"].startswith("eager")
+
+
+def test_meta_says_so_where_the_trunk_is_fused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for kernels that no CPU runs."""
+
+    def plainly(tokens, embed, norm1, blocks, norm2, cos, sin, fp8):
+        x = norm1(torch.nn.functional.embedding(tokens, embed))
+        for block in blocks:
+            x = block(x, cos, sin)
+        return norm2(x)
+
+    columns = []
+    for obstacle, name in (("", "a.txt"), ("too old a GPU", "b.txt")):
+        monkeypatch.setattr(train_gpt, "trunk_obstacle", lambda *_, why=obstacle: why)
+        monkeypatch.setattr(train_gpt, "fused_trunk", plainly)
+        assert train_gpt.main(tiny("--steps", "2", "--log", name)) == 0
+        columns.append([point.val_loss for point in parse_log(name).points])
+    found = [parse_log(name).meta["kernels"]["trunk"] for name in ("a.txt", "b.txt")]
+    assert found == ["fused", "plain PyTorch: too old a GPU"] and columns[0] == columns[1]

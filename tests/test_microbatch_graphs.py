@@ -1,4 +1,4 @@
-"""kernels/graphs.py on the CPU, and the trainer that replays: with a stand-in for CUDA's graphs."""
+"""models/graphs.py and microbatch.py on the CPU: a stand-in replaces CUDA's graphs."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,13 +10,14 @@ import pytest
 import test_warm_up
 import torch
 import torch.distributed as dist
-from conftest import on_ranks
-from test_warm_up import trainer_of
+from conftest import on_ranks, shards_of
+from test_warm_up import trainer_of, trials
 from torch import Tensor, nn
 
 import train_gpt
-from kernels import MicrobatchGraphs
-from optimizers import Muon, collectives
+from data.loader import train_batches
+from models.graphs import MicrobatchGraphs
+from optimizers import ModelOptimizer
 
 config = test_warm_up.config  # a fixture
 ROWS = 16  # of a step of it
@@ -278,7 +279,7 @@ def trained(
     trainer = trainer_of(config)
     trainer.warm_up()
     trainer.reset(1)
-    batches = train_gpt.train_batches(trainer.shards, config, 0, 1)
+    batches = train_batches(trainer.shards, config.batch_tokens, 0, 1)
     losses = []
     for step in range(steps):
         between(trainer, step)
@@ -289,7 +290,7 @@ def trained(
 def plainly(config: Config, **how: object) -> tuple[list[Tensor], list[Tensor]]:
     """The same without graphs."""
     *found, trainer = trained(dataclasses.replace(config, compile=False), **how)
-    assert trainer.graphs is None
+    assert trainer.microbatches.graphs is None
     return found
 
 
@@ -316,11 +317,12 @@ def test_weights_that_were_loaded_or_moved_are_those_that_replays_use(
 
     def between(trainer: train_gpt.Trainer, step: int) -> None:
         if step == 1:
-            for name in ("model", "adamw", "matrix"):
+            for name in ("model", "optimizer"):
                 state = getattr(trainer, name).state_dict()
                 saved[name] = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, state)
         if step == 3:
-            trainer.restore(saved)
+            for name, state in saved.items():
+                getattr(trainer, name).load_state_dict(state)
         if step == 5:
             for p in trainer.model.parameters():
                 p.data = p.detach().clone()
@@ -337,7 +339,7 @@ def test_only_steps_without_graphs_announce_their_last_backward_pass(
 ) -> None:
     """Hooks that it sets do not run in a replay."""
     heard = []
-    monkeypatch.setattr(Muon, "before_last_backward", lambda self: heard.append(None))
+    monkeypatch.setattr(ModelOptimizer, "before_last_backward", lambda self: heard.append(None))
     config = dataclasses.replace(config, rows=ROWS // count)
     trained(config, steps=2)
     assert not heard
@@ -363,13 +365,14 @@ def test_the_trainer_asks_for_its_microbatch_on_its_device(
     asked = []
     monkeypatch.setattr(MicrobatchGraphs, "worth", lambda *args: asked.append(args))
     *_, trainer = trained(dataclasses.replace(config, rows=4), steps=1)
-    assert asked == [((4, config.row_tokens), torch.device("cpu"))] and trainer.graphs is None
+    assert asked == [((4, config.row_tokens), torch.device("cpu"))]
+    assert trainer.microbatches.graphs is None
     assert not graphs.recorded
 
 
 def test_nothing_is_recorded_on_the_cpu(config: Config) -> None:
     """With the real torch.cuda, which would fail."""
-    assert trained(config, steps=1)[-1].graphs is None
+    assert trained(config, steps=1)[-1].microbatches.graphs is None
 
 
 def test_recording_is_part_of_the_warm_up_and_serves_all_trials(
@@ -379,9 +382,9 @@ def test_recording_is_part_of_the_warm_up_and_serves_all_trials(
     trainer.warm_up()
     assert len(graphs.recorded) == 2 and not graphs.replays
     assert not any(p.grad is not None for p in trainer.model.parameters())
-    assert train_gpt.run_trials(trainer, {}, "source\n", 0.0, []) == "complete"
+    assert trials(trainer) == "complete"
     assert len(graphs.recorded) == 2
-    assert len(graphs.replays) == 2 * config.steps * ROWS // trainer.rows
+    assert len(graphs.replays) == 2 * config.steps * ROWS // trainer.microbatches.rows
 
 
 def test_the_peak_of_the_memory_counts_what_was_recorded(
@@ -421,7 +424,7 @@ def test_where_one_rank_lacks_the_memory_none_has_graphs(
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(train_gpt.World, "all_reduce", all_reduce)
     *found, trainer = trained(config)
-    assert trainer.graphs is None and len(graphs.recorded) == (1 if here else 2)
+    assert trainer.microbatches.graphs is None and len(graphs.recorded) == (1 if here else 2)
     assert agree(found[0], expected[0]) and agree(found[1], expected[1]) and not graphs.replays
 
 
@@ -439,24 +442,28 @@ def test_graphs_beside_which_no_validation_fits_are_dropped(
 
     monkeypatch.setattr(train_gpt.GPT, "forward", tight)
     *found, trainer = trained(config)
-    assert trainer.graphs is None and len(graphs.recorded) == 2 and not lacks
+    assert trainer.microbatches.graphs is None and len(graphs.recorded) == 2 and not lacks
     assert agree(found[0], expected[0]) and agree(found[1], expected[1]) and not graphs.replays
 
 
 def watch(patch: pytest.MonkeyPatch, trainer: train_gpt.Trainer, events: list[str]) -> None:
-    """Writes down what is summed over ranks."""
-    reduce, scatter, head = dist.all_reduce, collectives.reduce_scatter, trainer.model.head.weight
+    """Write down what is summed over ranks, in the order of the launches."""
+    model = trainer.model
+    found = dict(head=model.head.weight, embed=model.embed.weight)
+    scatters = [n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n)]
 
-    def reduced(tensor: Tensor, *args: object, **how: object) -> object:
-        events.append("head" if tensor is head.grad else "rest")
-        return reduce(tensor, *args, **how)
+    def noting(name: str) -> Callable:
+        real = getattr(dist, name)
 
-    def scattered(*args: Tensor) -> object:
-        events.append("matrices")
-        return scatter(*args)
+        def call(*args: Tensor, **options: object) -> object:
+            sent = [n for n, p in found.items() if args[0] is p.grad]
+            events.append("matrices" if name in scatters else sent[0] if sent else "vectors")
+            return real(*args, **options)
 
-    patch.setattr(dist, "all_reduce", reduced)
-    patch.setattr(collectives, "reduce_scatter", scattered)
+        return call
+
+    for name in ("all_reduce", *scatters):
+        patch.setattr(dist, name, noting(name))
 
 
 def both_ways(
@@ -468,10 +475,10 @@ def both_ways(
         with pytest.MonkeyPatch.context() as patch:
             fake(patch)
             mine = dataclasses.replace(config, compile=replayed, steps=8)
-            trainer = train_gpt.Trainer(mine, world, *train_gpt.check_data(mine))
+            trainer = train_gpt.Trainer(mine, world, *shards_of(mine))
             trainer.warm_up()
             trainer.reset(1)
-            yield patch, trainer, train_gpt.train_batches(trainer.shards, mine, rank, size)
+            yield patch, trainer, train_batches(trainer.shards, mine.batch_tokens, rank, size)
 
 
 def sums_of_a_step(rank: int, size: int, config: Config) -> list[list[str]]:
@@ -490,9 +497,9 @@ def test_the_heads_gradient_is_summed_once_and_first_where_hooks_run(
 ) -> None:
     """It waited for the whole backward pass, whose first gradient it is."""
     for plain, replayed in on_ranks(2, sums_of_a_step, tmp_path / "ranks", config):
-        assert plain[0] == "head" and sorted(plain) == sorted(replayed)
-        assert plain.count("head") == 1 and plain.count("rest") == 2 and "matrices" in plain
-        assert replayed.index("head") > 0
+        assert plain == replayed, "all ranks launch in one order, with hooks or without"
+        assert plain[0] == "head" and plain[-2:] == ["vectors", "embed"] and len(plain) > 3
+        assert set(plain[1:-2]) == {"matrices"}
 
 
 def three_steps(rank: int, size: int, config: Config) -> list[tuple]:
@@ -519,7 +526,7 @@ def test_on_a_gpu_replays_give_what_eager_code_gives(fp8: bool) -> None:
     way of cuBLAS to split a sum: 1e-4 on an H100."""
     config, device = train_gpt.Config(fp8=fp8, layers=2), torch.device("cuda", 0)
     model = train_gpt.build_model(config, device)
-    train_gpt.initialise(model, 1)
+    model.initialise(1)
     for p in model.parameters():
         if p.ndim == 2:
             p.data.normal_(std=0.02)  # zeros would hide gradients

@@ -12,21 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, on_ranks
+from conftest import TINY, on_ranks, shards_of
 from torch import Tensor
 
 import train_gpt
+from data.loader import batches_in, train_batches
 from optimizers import OPTIMIZERS
 from optimizers.slot import MatrixOptimizer
-from train_gpt import (
-    Config,
-    batches_in,
-    build_model,
-    build_optimizers,
-    check_data,
-    initialise,
-    train_batches,
-)
+from optimizers.technique import Technique
+from train_gpt import Config, build_model, build_optimizer
 
 CPU = torch.device("cpu")
 SMALL = Config(**TINY)
@@ -157,7 +151,7 @@ def test_a_token_changes_no_logits_before_it() -> None:
     model, _ = small_model()
     first, second = tokens(1, 32), tokens(1, 32)
     second[0, 20] = (second[0, 20] + 1) % 257
-    a, b = (model.logits(model.trunk(t)) for t in (first, second))
+    a, b = (model.logits(model.hidden(t)) for t in (first, second))
     assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20], b[:, 20])
 
 
@@ -170,7 +164,7 @@ def test_activations_are_bfloat16_and_logits_float32() -> None:
     inside = {dtype for name, dtype in seen if name}
     assert inside == {torch.bfloat16} and len(seen) > 12
     assert loss.dtype == torch.float32
-    assert model.logits(model.trunk(tokens(1, 4))).dtype == torch.float32
+    assert model.logits(model.hidden(tokens(1, 4))).dtype == torch.float32
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds.pop("embed.weight") == torch.bfloat16 and set(kinds.values()) == {torch.float32}
 
@@ -181,7 +175,7 @@ def test_activations_are_bfloat16_and_logits_float32() -> None:
 @pytest.fixture(scope="module")
 def full() -> Iterator[torch.nn.Module]:
     model = build_model(Config(), CPU)
-    initialise(model, seed=1)
+    model.initialise(seed=1)
     yield model
 
 
@@ -228,7 +222,7 @@ def test_the_initial_weights_have_the_specified_distribution(full: torch.nn.Modu
 
 def initial(seed: int, **changes: Any) -> dict[str, Tensor]:
     model = build_model(Config(**TINY | changes), CPU)
-    initialise(model, seed)
+    model.initialise(seed)
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -252,7 +246,7 @@ def test_a_parameter_without_an_initialisation_is_an_error() -> None:
     model, _ = small_model()
     model.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(AssertionError, match="extra"):
-        initialise(model, 1)
+        model.initialise(1)
 
 
 # ---- optimizers of the model -----------------------------------------------------------------
@@ -262,8 +256,7 @@ def names_by_group(model: torch.nn.Module, config: Config) -> dict[str, set[str]
     names = {p: name for name, p in model.named_parameters()}
     return {
         group["name"]: {names[p] for p in group["params"]}
-        for opt in build_optimizers(model, config)
-        for group in opt.param_groups
+        for group in build_optimizer(model, config).groups
     }
 
 
@@ -283,7 +276,7 @@ def test_every_parameter_has_its_optimizer(optimizer: str) -> None:
 
 def test_the_groups_say_where_their_neurons_are() -> None:
     model, config = small_model()
-    groups = {g["name"]: g for opt in build_optimizers(model, config) for g in opt.param_groups}
+    groups = {g["name"]: g for g in build_optimizer(model, config).groups}
     axes = {name: groups[name]["neuron_axis"] for name in ("attn", "fc", "proj")}
     assert axes == dict(attn=None, fc=0, proj=1)
 
@@ -291,7 +284,7 @@ def test_the_groups_say_where_their_neurons_are() -> None:
 def test_the_hyperparameters_are_those_of_entry_36_but_for_its_polar_factor() -> None:
     """quintic12: `--set muon.polar=quintic12` brings it back."""
     model, config = small_model()
-    groups = {g["name"]: g for opt in build_optimizers(model, config) for g in opt.param_groups}
+    groups = {g["name"]: g for g in build_optimizer(model, config).groups}
     for name, lr in (("embed", 0.7), ("head", 0.004), ("scalars", 0.015)):
         g = groups[name]
         assert (g["lr"], g["betas"], g["eps"], g["weight_decay"]) == (lr, (0.8, 0.95), 1e-10, 0.001)
@@ -311,7 +304,7 @@ def test_a_parameter_without_an_optimizer_is_an_error(where: str) -> None:
     owner = model if where == "top" else model.blocks[0]
     owner.extra = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(AssertionError, match="no optimizer"):
-        build_optimizers(model, config)
+        build_optimizer(model, config)
 
 
 def test_a_parameter_with_two_optimizers_is_an_error() -> None:
@@ -319,18 +312,19 @@ def test_a_parameter_with_two_optimizers_is_an_error() -> None:
     model, config = small_model()
     model.head.weight = model.embed.weight
     with pytest.raises((AssertionError, ValueError), match="two optimizers|more than one"):
-        build_optimizers(model, config)
+        build_optimizer(model, config)
 
 
 def test_the_embedding_and_its_moments_are_bfloat16() -> None:
     model, config = small_model(dtype="bfloat16")
-    adamw, matrix = build_optimizers(model, config)
+    optimizer = build_optimizer(model, config)
     model(tokens(2, 32), tokens(2, 32, seed=1)).backward()
-    adamw.step()
-    matrix.step()
+    grads = {p: p.grad.dtype for p in model.parameters()}
+    optimizer.step(0)
+    state = optimizer.adamw.state
 
     def types(p: Tensor) -> set[torch.dtype]:
-        return {adamw.state[p][key].dtype for key in ("exp_avg", "exp_avg_sq")} | {p.grad.dtype}
+        return {state[p][key].dtype for key in ("exp_avg", "exp_avg_sq")} | {grads[p]}
 
     assert types(model.embed.weight) == {torch.bfloat16}
     assert types(model.head.weight) == types(model.head.bias) == {torch.float32}
@@ -339,19 +333,15 @@ def test_the_embedding_and_its_moments_are_bfloat16() -> None:
 # ---- gradients for any microbatch and world --------------------------------------------------
 
 
+class Forget(Technique):
+    def decay(self, V: Tensor, U: Tensor, state: dict, group: dict) -> Tensor:
+        return torch.zeros_like(V)
+
+
 class Keep(MatrixOptimizer):
     """Leaves minus the gradient in the weights, so that it can be read from any rank."""
 
-    defaults = dict(lr=1.0, weight_decay=0.0, momentum=0.0, dtype=torch.float32)
-
-    def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-        return grad
-
-    def scale(self, direction: Tensor, weight: Tensor, group: dict) -> float:
-        return 1.0
-
-    def decay(self, weight: Tensor, direction: Tensor, group: dict) -> Tensor:
-        return torch.zeros_like(weight)
+    techniques, defaults = (Forget(),), dict(lr=1.0)
 
 
 def gradients(rank: int, size: int, argv: list[str]) -> list[Tensor]:
@@ -372,13 +362,13 @@ def gradients(rank: int, size: int, argv: list[str]) -> list[Tensor]:
     )
 
     hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-    usual, train_gpt.initialise = train_gpt.initialise, randomise
+    usual, train_gpt.GPT.initialise = train_gpt.GPT.initialise, randomise
     train_gpt.PRESETS["tiny"], OPTIMIZERS["keep"] = TINY, Keep
     try:
         argv = ["--preset", "tiny", "--optimizer", "keep", "--set", "keep.lr=1.0", *argv]
         assert train_gpt.main(argv) != 2
     finally:
-        train_gpt.initialise = usual
+        train_gpt.GPT.initialise = usual
         del train_gpt.PRESETS["tiny"], OPTIMIZERS["keep"]
         for hook in hooks:
             hook.remove()
@@ -421,11 +411,10 @@ def test_the_step_gets_the_gradient_of_the_sum_over_all_tokens(
     """Against one backward pass over the first 512 tokens, outside of the trainer."""
     model, config = small_model()
     randomise(model, seed=1)
-    shards, _ = check_data(replace(config, data=str(corpus)))
-    row = next(train_batches(shards, config, 0, 1)).long()
+    shards, _ = shards_of(replace(config, data=str(corpus)))
+    row = next(train_batches(shards, config.batch_tokens, 0, 1)).long()
     model(row[:-1].view(16, 32), row[1:].view(16, 32)).backward()
-    groups = [g for opt in build_optimizers(model, config) for g in opt.param_groups]
-    params = [p for group in groups for p in group["params"]]
+    params = build_optimizer(model, config).params
     assert agree([p.grad for p in params], reference)
     assert not agree([p.grad / 2 for p in params], reference)
 
@@ -452,10 +441,10 @@ def test_the_same_tokens_reach_the_same_step_whatever_the_number_of_ranks(
     corpus: Path, size: int
 ) -> None:
     """Through both shards and their start again; each rank also has the token after its slice."""
-    shards, _ = check_data(replace(SMALL, data=str(corpus), steps=30))
+    shards, _ = shards_of(replace(SMALL, data=str(corpus), steps=30))
     assert len(shards) == 2
-    alone = train_batches(shards, SMALL, 0, 1)
-    ranks = [train_batches(shards, SMALL, rank, size) for rank in range(size)]
+    alone = train_batches(shards, 512, 0, 1)
+    ranks = [train_batches(shards, 512, rank, size) for rank in range(size)]
     steps = sum(batches_in(count, 512) for count in (9000, 7000))
     for _ in range(steps + 2):
         parts = [next(rank) for rank in ranks]

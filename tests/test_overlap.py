@@ -12,9 +12,8 @@ import torch.distributed as dist
 from conftest import on_ranks
 from torch import Tensor, nn
 
-from optimizers import OPTIMIZERS, collectives, reducer
-from optimizers.muon import Muon
-from optimizers.slot import MatrixOptimizer
+from optimizers import OPTIMIZERS, MatrixOptimizer, Muon, reducer
+from optimizers.reducer import OwnedPiece
 
 LAYERS, STEPS, MICROBATCHES = 5, 3, 3  # 5 layers: not divisible by 2, 3 or 4 ranks
 
@@ -24,10 +23,7 @@ def tensor(*shape: int, seed: int) -> Tensor:
 
 
 class Descent(MatrixOptimizer):
-    """Gradient descent: the weights show the sums that arrived."""
-
-    def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-        return grad
+    """Gradient descent, without techniques: the weights show the sums that arrived."""
 
 
 KINDS = OPTIMIZERS | {"descent": Descent}
@@ -56,14 +52,14 @@ class Net(nn.Module):
 
 def counting(events: list[str]) -> None:
     """Writes down each piece that is launched, and each backward pass that ends."""
-    real = collectives.Piece.launch
+    real = OwnedPiece.launch
 
-    def launch(piece: collectives.Piece, dtype: torch.dtype | None) -> None:
+    def launch(piece: OwnedPiece, dtype: torch.dtype | None) -> None:
         name = f"{piece.bucket.group['name']} {piece.first}"
         events.append(name)
         real(piece, dtype)
 
-    collectives.Piece.launch = launch
+    OwnedPiece.launch = launch
 
 
 def train(name: str, rank: int, early: bool, events: list[str], **how: Any) -> list[Tensor]:
@@ -250,14 +246,16 @@ def late_work(monkeypatch: pytest.MonkeyPatch) -> None:
     class Done:
         def wait(self) -> None: ...
 
-    def scatter(received: Tensor, send: Tensor) -> Done:
-        received.copy_(send[0] * 2)
+    def scatter(received: Tensor, send: Tensor, async_op: bool) -> Done:
+        assert async_op
+        received.copy_(send[: len(received)] * 2)
         return Done()
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(dist, "get_rank", lambda *_: 0)
-    monkeypatch.setattr(collectives, "reduce_scatter", scatter)
+    for name in ("reduce_scatter_single", "reduce_scatter_tensor"):
+        monkeypatch.setattr(dist, name, scatter, raising=False)
 
 
 def test_hooks_keep_no_optimizer_alive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,13 +275,13 @@ def test_at_most_a_few_inputs_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reducer, "PIECE_BYTES", 1)
     monkeypatch.setattr(reducer, "IN_FLIGHT", 2)
     net = Net()
-    opt, real, most = Muon(net.groups()), collectives.Piece.launch, []
+    opt, real, most = Muon(net.groups()), OwnedPiece.launch, []
 
-    def launch(piece: collectives.Piece, dtype: torch.dtype | None) -> None:
+    def launch(piece: OwnedPiece, dtype: torch.dtype | None) -> None:
         real(piece, dtype)
         most.append(sum(p.flight is not None for p in opt._reducer.pieces))
 
-    monkeypatch.setattr(collectives.Piece, "launch", launch)
+    monkeypatch.setattr(OwnedPiece, "launch", launch)
     opt.before_last_backward()
     net(torch.ones(2, 8)).sum().backward()
     assert len(most) == 9 and max(most) == 2

@@ -54,6 +54,16 @@ def test_a_complete_log_gives_every_field(tmp_path: Path) -> None:
     assert run.loss_at(1200) == 3.40831 and run.loss_at(1199) is None
 
 
+def test_the_log_lists_its_own_free_fields(tmp_path: Path) -> None:
+    """Readers had lists of Config's fields; a field that the trainer gained was missing there."""
+    config = {"seed": 1, "prefetch": 2, "steps": 1200, "log": "x"}
+    meta = META | {"config": config, "kernels": {"trunk": "plain PyTorch: device cpu"}}
+    run = parse_log(write_log(tmp_path / "a.txt", STEPS, meta | {"free": ["seed", "prefetch"]}))
+    assert run.free == {"seed", "prefetch"} and run.settings == {"steps": 1200, "log": "x"}
+    old = parse_log(write_log(tmp_path / "b.txt", STEPS, meta))
+    assert old.settings == {"prefetch": 2, "steps": 1200}
+
+
 def test_look_alikes_in_the_embedded_script_are_not_results(tmp_path: Path) -> None:
     """Track-3 readers searched whole logs and hit f-strings of the source first (users.md, M9)."""
     run = parse_log(write_log(tmp_path / "a.txt", STEPS))
@@ -138,6 +148,8 @@ def test_a_log_needs_both_rule_lines(tmp_path: Path, text: str) -> None:
         ({"world_size": True}, "world_size true"),
         ({"config": {"target": "3.28"}}, 'meta with target "3.28"'),
         ({"torch": 2}, "torch 2"),
+        ({"free": "seed"}, 'free "seed"'),
+        ({"kernels": "eager"}, 'kernels "eager"'),
         ({"config": {"target": float("nan")}}, "meta with target NaN"),
         ({"config": {"batch_tokens": None}}, "meta with batch_tokens null"),
     ],

@@ -12,10 +12,13 @@ import sys
 import threading
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+
+from train_gpt import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = (
@@ -25,8 +28,9 @@ NEEDED = (
     "pyproject.toml",
     "tools/setup.sh",
     "data/*.py",
-    "kernels/*.py",
+    "models/*.py",
     "optimizers/*.py",
+    "records/*.py",
 )
 CALL = 'import sys; open("calls", "a").write(" ".join([{name!r}, *sys.argv[1:]]) + "\\n")\n'
 TRAINER = """
@@ -368,7 +372,14 @@ def test_help_installs_nothing(bare: Checkout) -> None:
     shutil.copy(ROOT / "train_gpt.py", bare.root)
     shutil.rmtree(bare.root / "torch")
     code, out, _ = bare.run("--help")
-    assert code == 0 and "./run.sh --preset prose" in out and "    steps: int" in out
+    assert code == 0 and "./run.sh --preset prose" in out
+    flags = [f for f in fields(Config) if f.metadata["help"]]
+    lines = [line for line in out.splitlines() if line.startswith("  --")]
+    assert len(lines) == len(flags) > 15
+    for line, f in zip(lines, flags, strict=True):
+        assert line.split()[0] == "--" + f.name.replace("_", "-")
+        assert f" {f.metadata['help']} [" in line, "a field that run.sh's sed does not understand"
+    assert any(line.endswith(" [3250]") for line in lines), "the default comes last"
     assert bare.calls() == [] and not (bare.root / ".venv").exists()
 
 

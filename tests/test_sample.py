@@ -10,19 +10,21 @@ import torch
 from conftest import ROOT, TINY
 
 import train_gpt
-from train_gpt import Config, generate
+from models.generate import generate
+from train_gpt import Config
 
 sys.path.append(str(ROOT / "tools"))
 import sample  # noqa: E402
 
-SMALL = {name: TINY[name] for name in train_gpt.MODEL}
+SMALL = {name: TINY[name] for name in Config().of("model") if name in TINY}
+ROW = SMALL["row_tokens"]
 
 
 def write_checkpoint(path: Path, spread: float = 0.3, **changes: object) -> train_gpt.GPT:
     """A model with random weights, head included, saved as the trainer saves it."""
     config = Config(**SMALL | changes)
     model = train_gpt.build_model(config, torch.device("cpu"))
-    train_gpt.initialise(model, seed=5)
+    model.initialise(seed=5)
     with torch.no_grad():
         model.head.weight.normal_(std=spread, generator=torch.Generator().manual_seed(6))
     saved = dict(config=train_gpt.asdict(config), model=model.state_dict(), step=4, seed=1)
@@ -45,13 +47,13 @@ def said(capsys: pytest.CaptureFixture, *words: str) -> str:
 
 @torch.no_grad()
 def demo_loop(model: train_gpt.GPT, prompt: bytes, count: int, seed: int) -> list[int]:
-    """What Trainer.sample did before it shared its loop with this tool."""
+    """What the trainer did before it shared its loop with this tool."""
     generator, ids = torch.Generator().manual_seed(seed), [256, *prompt]
     width = len(model.rotary[0])
     for _ in range(count):
         recent = torch.tensor([ids[-width:]])
         padding = width - recent.size(1)
-        x = model.trunk(torch.nn.functional.pad(recent, (0, padding)))[:, -1 - padding]
+        x = model.hidden(torch.nn.functional.pad(recent, (0, padding)))[:, -1 - padding]
         p = (model.logits(x)[0, :256] / 0.7).softmax(-1)
         ids.append(int(torch.multinomial(p, 1, generator=generator)))
     return ids
@@ -61,15 +63,16 @@ def test_the_shared_loop_draws_what_the_demo_always_drew(tmp_path: Path) -> None
     """To the last byte, and beyond the context of 32 tokens."""
     model = write_checkpoint(tmp_path / "run.pt")
     for seed in (1, 2):
-        assert generate(model, [256, *b"def "], 50, seed) == demo_loop(model, b"def ", 50, seed)
+        drawn = generate(model, [256, *b"def "], 50, ROW, seed)
+        assert drawn == demo_loop(model, b"def ", 50, seed)
 
 
 def test_every_input_has_the_same_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled without dynamic shapes, a model would compile anew for each other length."""
     model, shapes = write_checkpoint(tmp_path / "run.pt"), set()
-    honest = model.trunk
-    monkeypatch.setattr(model, "trunk", lambda row: (shapes.add(row.shape), honest(row))[1])
-    generate(model, [256, 65], 40, seed=1)
+    honest = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda row: (shapes.add(row.shape), honest(row))[1])
+    generate(model, [256, 65], 40, ROW, seed=1)
     assert shapes == {(1, 32)}
 
 
@@ -99,7 +102,7 @@ def test_temperature_0_and_top_k_1_take_the_likeliest(
 ) -> None:
     model, path = write_checkpoint(tmp_path / "run.pt"), str(tmp_path / "run.pt")
     with torch.no_grad():
-        likeliest = int(model.logits(model.trunk(torch.tensor([[256, 97]])))[0, -1, :256].argmax())
+        likeliest = int(model.logits(model.hidden(torch.tensor([[256, 97]])))[0, -1, :256].argmax())
     expected = bytes([97, likeliest]).decode(errors="replace")
     for flags in (["--temperature", "0"], ["--temperature", "1e-9"], ["--top-k", "1"]):
         words = (path, "--prompt", "a", "--tokens", "1", *flags)
@@ -109,8 +112,8 @@ def test_temperature_0_and_top_k_1_take_the_likeliest(
 def test_top_k_draws_from_the_k_likeliest_only(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "run.pt")
     with torch.no_grad():
-        allowed = model.logits(model.trunk(torch.tensor([[256]])))[0, -1, :256].topk(3).indices
-    drawn = {generate(model, [256], 1, seed, 5.0, 3)[1] for seed in range(40)}
+        allowed = model.logits(model.hidden(torch.tensor([[256]])))[0, -1, :256].topk(3).indices
+    drawn = {generate(model, [256], 1, ROW, seed, 5.0, 3)[1] for seed in range(40)}
     assert drawn == set(allowed.tolist())
 
 
@@ -118,7 +121,7 @@ def test_the_end_of_text_is_never_drawn(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "run.pt")
     with torch.no_grad():
         model.head.bias[256] = 100
-    assert max(generate(model, [256], 60, seed=1)[1:]) < 256
+    assert max(generate(model, [256], 60, ROW, seed=1)[1:]) < 256
 
 
 def test_a_vocabulary_of_50304_is_that_of_gpt2(

@@ -23,6 +23,7 @@ def write_log(path: Path, seed: int, loss: float, pace: float = 0.4, **changes: 
         "log": f"{path}",
         "batch_tokens": 524288,
     } | changes
+    stated = {key: config.pop(key) for key in ("free", "kernels") if key in config}
     meta = {
         "format": 1,
         "optimizer": config["optimizer"],
@@ -31,7 +32,7 @@ def write_log(path: Path, seed: int, loss: float, pace: float = 0.4, **changes: 
         "world_size": 1,
         "device": config.pop("gpu", "NVIDIA H200"),
         "torch": "2.11.0",
-    }
+    } | stated
     groups = [{"name": "fc", "lr": config.pop("lr", 0.025), "weight_decay": 0.05}]
     lines = [f"print('=')\n{RULE}", f"meta: {json.dumps(meta)}", RULE]
     for step, value in ((0, 10.82584), (100, 3.28 + 0.01), (200, 3.28 - 0.01), (300, loss)):
@@ -356,3 +357,25 @@ def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as caught:
         main(["shwo"])
     assert caught.value.code == 2 and "'show', 'compare'" in capsys.readouterr().err
+
+
+def test_kernels_differ_only_where_both_logs_name_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, fused = {"trunk": "plain PyTorch", "head": "PyTorch"}, {"trunk": "Gluon"}
+    write_log(folder / "c/1.txt", 1, 3.2775, kernels=plain)
+    write_log(folder / "d/1.txt", 1, 3.2785, kernels=fused)
+    text = output(capsys, "compare", "c", "d")
+    assert "the runs differ in one thing: trunk kernels plain PyTorch (c), Gluon (d)" in text
+    assert "kernels" not in output(capsys, "compare", "c", "a")
+
+
+def test_fields_that_a_log_calls_free_are_no_difference(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, words in (("c", ["seed", "log", "prefetch"]), ("d", ["seed", "log"])):
+        write_log(folder / f"{name}/1.txt", 1, 3.2775, prefetch=2, free=words)
+        write_log(folder / f"{name}2/1.txt", 1, 3.2785, prefetch=3, free=words)
+    assert "differ in" not in output(capsys, "compare", "c", "c2")
+    text = output(capsys, "compare", "d", "d2")
+    assert "the runs differ in one thing: prefetch 2 (d), 3 (d2)" in text

@@ -18,11 +18,20 @@ import torch.distributed as dist
 from conftest import on_ranks
 from torch import Tensor
 
-from optimizers import OPTIMIZERS, slot
-from optimizers.aurora import Aurora
+from optimizers import (
+    OPTIMIZERS,
+    Aspect,
+    Aurora,
+    CautiousDecay,
+    Decay,
+    MatrixOptimizer,
+    Muon,
+    Nesterov,
+    Polar,
+    Technique,
+    slot,
+)
 from optimizers.buckets import even_parts, owners_by_cost
-from optimizers.muon import Muon
-from optimizers.slot import MatrixOptimizer, nesterov
 
 # 5 tall, 3 wide, 7 square and 1 alone: fewer than ranks, not divisible by ranks, and mixed groups.
 SHAPES = {"fc": [(24, 6)] * 5, "proj": [(6, 24)] * 3, "attn": [(8, 8)] * 7 + [(12, 8)]}
@@ -65,10 +74,10 @@ class Spy(Muon):
 
     seen: list[tuple[int, ...]]
 
-    def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-        self.seen.append(tuple(grad.shape))
-        norms = grad.norm(dim=(-2, -1), keepdim=True)
-        return super().update(grad, state, group) * (norms / norms)
+    def update(self, U: Tensor, W: Tensor, state: dict, group: dict) -> Tensor:
+        self.seen.append(tuple(U.shape))
+        norms = U.norm(dim=(-2, -1), keepdim=True)
+        return super().update(U, W, state, group) * (norms / norms)
 
 
 def run(kind: type, rank: int, size: int, reduce: bool, **more: Any) -> dict[str, Any]:
@@ -113,12 +122,9 @@ def lone_matrix(rank: int, size: int, reduce: bool) -> Tensor:
 
 
 class Plain(MatrixOptimizer):
-    """Gradient descent: what enters `update` can be read back from the weights."""
+    """Gradient descent: the sums of the gradients can be read back from the weights."""
 
-    defaults = dict(lr=1.0, weight_decay=0.0, momentum=0.0)
-
-    def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-        return grad
+    techniques, defaults = (Aspect(), Decay()), dict(lr=1.0, weight_decay=0.0)
 
 
 World = list[dict[str, Any]]  # what each rank brought home
@@ -218,7 +224,7 @@ def test_nesterov_changes_its_buffer_and_not_the_gradient() -> None:
     g, m = tensor(2, 4, 3, seed=0), tensor(2, 4, 3, seed=1)
     for mu in (0.75, torch.tensor(0.75)):
         grad, state = g.clone(), {"momentum": m.clone()}
-        found = nesterov(grad, state, mu)
+        found = Nesterov().before(grad, grad, state, dict(momentum=mu))
         new = 0.75 * m + 0.25 * g
         assert torch.equal(grad, g)
         assert torch.allclose(state["momentum"], new, rtol=0, atol=1e-6)
@@ -226,12 +232,12 @@ def test_nesterov_changes_its_buffer_and_not_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_update_never_changes_the_gradient_it_is_given(name: str) -> None:
-    """With one process the stack may be the caller's own memory one day."""
+def test_update_changes_neither_the_gradient_nor_the_weights_it_is_given(name: str) -> None:
+    """The gradients may be the caller's own memory one day, and float32 weights are already."""
     p, opt = ready(OPTIMIZERS[name])
-    grads = p.grad[None].clone()
-    opt.update(grads, opt.init_state(grads), opt.param_groups[0])
-    assert torch.equal(grads[0], p.grad)
+    grads, weights = p.grad[None].clone(), p.detach()[None].clone()
+    opt.update(grads, weights, opt.init_state(grads), opt.param_groups[0])
+    assert torch.equal(grads[0], p.grad) and torch.equal(weights[0], p)
 
 
 # ---- dealing ---------------------------------------------------------------------------------
@@ -255,25 +261,29 @@ def test_no_rank_has_more_than_four_thirds_of_what_is_unavoidable(ranks: int) ->
         assert max(loads) == min(loads)
 
 
+def polar_cost(opt: MatrixOptimizer, *shape: int, **group: Any) -> float:
+    """What is left of the cost without the elements, which every optimizer reads and writes."""
+    return opt.cost(torch.Size(shape), opt.param_groups[0] | group) - math.prod(shape)
+
+
 def test_balancing_costs_aurora_twice_what_muon_costs() -> None:
     params = [torch.nn.Parameter(torch.zeros(8, 2))]
-    muon, aurora = Muon(params), Aurora(params)
-    shape, group = torch.Size((3072, 768)), muon.param_groups[0]
-    base = muon.cost(shape, group)
-    assert base == 4 * muon.cost(torch.Size((768, 768)), group)
-    assert base == muon.cost(torch.Size((768, 3072)), group)
-    given = aurora.param_groups[0]
-    assert aurora.cost(shape, given | dict(neuron_axis=0)) == 2 * base
-    assert aurora.cost(shape, given | dict(neuron_axis=0, rounds=3)) == 3 * base
-    assert aurora.cost(shape, given | dict(neuron_axis=None)) == base
-    assert aurora.cost(shape, given | dict(neuron_axis=0, balance="proj")) == base
+    muon, aurora, tall = Muon(params), Aurora(params), (3072, 768)
+    base = polar_cost(muon, *tall)
+    assert base == 4 * polar_cost(muon, 768, 768) > 0
+    assert base == polar_cost(muon, 768, 3072)
+    assert polar_cost(aurora, *tall, neuron_axis=0) == 2 * base
+    assert polar_cost(aurora, *tall, neuron_axis=0, rounds=3) == 3 * base
+    assert polar_cost(aurora, *tall, neuron_axis=None) == base
+    assert polar_cost(aurora, *tall, neuron_axis=0, balance="proj") == base
+    assert OPTIMIZERS["adamw"](params).cost(torch.Size(tall), {}) == math.prod(tall)
 
 
 def test_climbing_costs_twelve_times_what_muon_costs() -> None:
     """7 polar factors of 216 n^3, 60 products of 16 n^3 and 3 times 48 n^3 at 3072 x 768."""
-    params, shape = [torch.nn.Parameter(torch.zeros(8, 2))], torch.Size((3072, 768))
+    params = [torch.nn.Parameter(torch.zeros(8, 2))]
     muon, climber = Muon(params), OPTIMIZERS["riemannian"](params)
-    times = climber.cost(shape, climber.param_groups[0]) / muon.cost(shape, muon.param_groups[0])
+    times = polar_cost(climber, 3072, 768) / polar_cost(muon, 3072, 768)
     assert times == pytest.approx((7 * 216 + 60 * 16 + 3 * 48) / 216)
 
 
@@ -507,18 +517,20 @@ def test_reset_is_as_newly_built(name: str) -> None:
 # ---- the seam --------------------------------------------------------------------------------
 
 
-class Cautious(Plain):
-    """Decays a weight only where the step shrinks it; moves half as far."""
+class Halve(Technique):
+    """Moves half as far."""
 
-    def scale(self, direction: Tensor, weight: Tensor, group: dict) -> float:
-        return 0.5
-
-    def decay(self, weight: Tensor, direction: Tensor, group: dict) -> Tensor:
-        shrinks = direction * weight > 0
-        return weight * (1 - group["lr"] * group["weight_decay"] * shrinks)
+    def before(self, U: Tensor, W: Tensor, state: dict, group: dict) -> Tensor:
+        return 0.5 * U
 
 
-def test_an_overridden_scale_and_decay_are_used() -> None:
+class Cautious(MatrixOptimizer):
+    """Decays a weight only where the step shrinks it."""
+
+    techniques, defaults = (Halve(), CautiousDecay()), dict(lr=1.0, weight_decay=0.0)
+
+
+def test_techniques_that_scale_and_decay_are_used() -> None:
     p = torch.nn.Parameter(torch.tensor([[4.0, -4.0], [2.0, -2.0], [0.0, 8.0]]))
     opt = Cautious([p], lr=0.5, weight_decay=0.5)
     p.grad = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, 0.0]])
@@ -529,12 +541,15 @@ def test_an_overridden_scale_and_decay_are_used() -> None:
 def test_decay_sees_the_scaled_direction() -> None:
     seen = []
 
-    class Looks(Cautious):
-        def decay(self, weight: Tensor, direction: Tensor, group: dict) -> Tensor:
-            seen.append(direction.clone())
-            return weight
+    class Looks(Technique):
+        def decay(self, V: Tensor, U: Tensor, state: dict, group: dict) -> Tensor:
+            seen.append(U.clone())
+            return V
 
-    p, opt = ready(Looks)
+    class Looking(MatrixOptimizer):
+        techniques = Looks(), Halve()
+
+    p, opt = ready(Looking)
     opt.step()
     assert torch.equal(seen[0][0], 0.5 * p.grad)
 
@@ -547,24 +562,14 @@ def test_decay_comes_first_and_is_decoupled() -> None:
     assert torch.allclose(p.detach(), 0.95 * W - 0.1 * 3**0.5 * p.grad, rtol=0, atol=1e-6)
 
 
-def test_before_forward_and_readout_do_nothing_by_default() -> None:
-    p, opt = ready()
-    opt.step()
-    before = p.detach().clone()
-    opt.before_forward()
-    with opt.readout():
-        assert torch.equal(p.detach(), before)
-    assert torch.equal(p.detach(), before)
-
-
 def test_state_of_a_subclass_is_kept_between_steps() -> None:
     class Counts(Plain):
         def init_state(self, grad: Tensor) -> dict[str, Tensor]:
             return {"count": torch.zeros(len(grad), 1, 1)}
 
-        def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
+        def update(self, U: Tensor, W: Tensor, state: dict, group: dict) -> Tensor:
             state["count"] += 1
-            return state["count"].expand_as(grad)
+            return state["count"].expand_as(U)
 
     p = torch.nn.Parameter(torch.zeros(2, 2))
     opt = Counts([p], lr=1.0)
@@ -757,10 +762,18 @@ def test_parts_of_one_size_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_state_that_is_replaced_is_an_error_and_not_forgotten() -> None:
-    class Replaces(Plain):
-        def update(self, grad: Tensor, state: dict, group: dict) -> Tensor:
-            state["momentum"] = grad
-            return grad
+    """Of a state that is added, too: in a recorded graph it would be that of the first step."""
 
-    with pytest.raises(AssertionError, match="Replaces.update must change its state in place"):
-        ready(Replaces)[1].step()
+    class Replaces(Nesterov):
+        def before(self, U: Tensor, W: Tensor, state: dict, group: dict) -> Tensor:
+            state["momentum"] = U.clone()
+            return U
+
+    class Adds(Technique):
+        def before(self, U: Tensor, W: Tensor, state: dict, group: dict) -> Tensor:
+            state["new"] = U.clone()
+            return U
+
+    for technique in (Replaces(), Adds()):
+        with pytest.raises(AssertionError, match="Careless must change its state in place"):
+            ready(type("Careless", (MatrixOptimizer,), dict(techniques=(technique,))))[1].step()

@@ -7,20 +7,21 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, in_fresh_python
+from conftest import ROOT, TINY, in_fresh_python, shards_of
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_gpt
+from data.loader import batches_in, train_batches
 from data.shards import write_shard
 from records.log import parse_log
-from train_gpt import Config, batches_in, crossing, parse_config
+from train_gpt import Config, parse_config
 
 Tiny = Callable[..., list[str]]
 
@@ -82,11 +83,11 @@ BAD_FLAGS = {
     "a negative seed": (["--seed", "-1"], "seed is -1, expected 0 or more"),
     "a seed too large for torch": (
         ["--seed", str(2**63 - 1)],
-        "seed is 9223372036854775807, .*less than 9",
+        r"seed is 9223372036854775807, .*less than 2\*\*63 - trials",
     ),
     "a last seed too large for torch": (
         ["--seed", str(2**63 - 3), "--trials", "3"],
-        "less than 9223372036854775805",
+        r"seed is 9223372036854775805, .*less than 2\*\*63 - trials",
     ),
     "no steps": (["--steps", "0"], "1 or more"),
     "no trials": (["--trials", "0"], "1 or more"),
@@ -234,13 +235,19 @@ def test_a_group_that_is_left_takes_its_threads_with_it(tmp_path: Path) -> None:
     assert code == 0, err
 
 
-def test_help_shows_every_flag_with_its_comment(capsys: pytest.CaptureFixture) -> None:
+def test_help_shows_every_flag_with_its_text(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # argparse breaks lines at hyphens as well
     with pytest.raises(SystemExit) as stop:
         train_gpt.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for flag in train_gpt.FLAGS:
-        assert "--" + flag.name.replace("_", "-") in text
+    flat = " ".join(text.split())
+    for flag in (f for f in fields(Config) if f.metadata["help"]):
+        found = re.search(rf" --{flag.name.replace('_', '-')}\b.*", flat)
+        assert found and " ".join(flag.metadata["help"].split()) in found[0], flag.name
+    assert not any(f"--{f.name} " in text for f in fields(Config) if not f.metadata["help"])
     assert "the learning rate reaches zero there" in text and "--log-file" in text
 
 
@@ -275,6 +282,49 @@ def test_flags_have_the_types_of_their_fields() -> None:
     assert parse_config(["--log", "y.txt"]).log == "y.txt"
 
 
+SCOPES = {"model", "run", "", "free"}
+
+
+def test_every_setting_has_a_scope_and_those_of_a_scope_are_named_once() -> None:
+    config = Config()
+    assert {f.metadata["scope"] for f in fields(Config)} == SCOPES
+    parts = [config.of(scope) for scope in sorted(SCOPES)]
+    assert sum(map(len, parts)) == len(fields(Config))
+    assert config.of(*SCOPES) == {f.name: getattr(config, f.name) for f in fields(Config)}
+    assert all(set(f.metadata) == {"scope", "help"} for f in fields(Config))
+
+
+def test_the_scopes_are_those_that_checkpoints_and_comparisons_need() -> None:
+    """Another seed, log or device changes no setting of an experiment; another width does."""
+    config = Config()
+    model = "model vocab_size layers width head_dim expansion row_tokens dtype"
+    run = "optimizer steps batch_tokens val_tokens lr_scale set fp8 cooldown"
+    free = "seed trials data log device wandb diagnostics checkpoint eval get_data"
+    for scope, names in (("model", model), ("run", run), ("free", free)):
+        assert config.of(scope).keys() == set(names.split()), scope
+
+
+def test_what_is_no_flag_is_refused_as_one() -> None:
+    for f in fields(Config):
+        if not f.metadata["help"]:
+            with pytest.raises(ValueError, match="unrecognized arguments"):
+                parse_config([f"--{f.name.replace('_', '-')}", "1"])
+
+
+def test_every_preset_is_made_of_settings() -> None:
+    names = {f.name for f in fields(Config)}
+    assert all(preset.keys() <= names for preset in train_gpt.PRESETS.values())
+    assert {config.preset for config in map(preset_config, train_gpt.PRESETS)} == {
+        "track3",
+        "prose",
+        "demo",
+    }
+
+
+def preset_config(name: str) -> Config:
+    return parse_config(["--preset", name])
+
+
 # ---- data order ------------------------------------------------------------------------------
 
 
@@ -294,17 +344,19 @@ def test_a_shard_is_left_when_at_most_a_batch_and_one_token_remain(batch: int) -
 def test_batches_follow_each_other_through_the_shards_in_name_order_and_start_again(
     tmp_path: Path,
 ) -> None:
-    config = Config(**TINY | dict(batch_tokens=64))
     contents = [np.arange(150) % 257, (np.arange(130) + 100) % 257]
     for i in (1, 0):  # written in the other order
         write_shard(tmp_path / f"x_train_{i:06}.bin", contents[i].astype(np.uint16))
     write_shard(tmp_path / "x_val_000000.bin", np.zeros(513, np.uint16))
-    shards, _ = train_gpt.check_data(replace(config, data=str(tmp_path), steps=4))
-    batches = train_gpt.train_batches(shards, config, 0, 1)
+    config = Config(**TINY | dict(batch_tokens=64, data=str(tmp_path), steps=4))
+    shards, _ = shards_of(config)
+    batches = train_batches(shards, 64, 0, 1)
     wanted = [contents[0][:65], contents[0][64:129], contents[1][:65], contents[1][64:129]]
     assert batches_in(130, 64) == 2 and batches_in(129, 64) == 1
     for expected in wanted + wanted[:2]:
         assert next(batches).tolist() == expected.tolist()
+    for first in range(7):  # a resumed run begins in the middle, also of a second reading
+        assert next(train_batches(shards, 64, 0, 1, first)).tolist() == wanted[first % 4].tolist()
 
 
 def test_only_the_shards_that_the_run_needs_are_read(tmp_path: Path, tiny: Tiny) -> None:
@@ -351,7 +403,7 @@ def test_the_validation_loss_is_the_mean_over_the_first_tokens_of_the_shard(
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
 
-    monkeypatch.setattr(train_gpt, "initialise", scatter)
+    monkeypatch.setattr(train_gpt.GPT, "initialise", scatter)
     column = run(tiny("--steps", "1"), "a.txt")
     model = train_gpt.build_model(Config(**TINY), torch.device("cpu"))
     scatter(model, 1)
@@ -524,40 +576,48 @@ def test_a_diverged_trial_ends_the_others(tiny: Tiny, tmp_path: Path) -> None:
 # ---- the target ------------------------------------------------------------------------------
 
 
+def target_lines(points: list[tuple[int, float, float]], target: float) -> list[dict]:
+    """Return what a log says of the target when these points are validated one after another."""
+    log = train_gpt.Log.__new__(train_gpt.Log)  # no file: only what it would record
+    said: list[dict] = []
+    log.config, log.record = dict(target=target), lambda key, **values: said.append(values)
+    for i in range(len(points)):
+        log.target(points[: i + 1])
+    return said
+
+
 def test_the_crossing_is_interpolated_between_the_points_around_the_target() -> None:
     points = [(0, 10.0, 0.0), (100, 4.0, 50.0), (200, 3.0, 90.0)]
-    assert crossing(points[:2], 3.25) is None
-    assert crossing(points, 3.25) == {
-        "loss": 3.25,
-        "step": 200,
-        "train_time": 90.0,
-        "crossing_step": 175.0,
-        "crossing_time": 80.0,
-    }
+    assert target_lines(points[:2], 3.25) == []
+    assert target_lines(points, 3.25) == [
+        {
+            "loss": 3.25,
+            "step": 200,
+            "train_time": 90.0,
+            "crossing_step": 175.0,
+            "crossing_time": 80.0,
+        }
+    ]
 
 
 def test_a_target_that_is_met_exactly_is_reached_there() -> None:
-    found = crossing([(0, 4.0, 0.0), (10, 3.0, 5.0)], 3.0)
-    assert found is not None and (found["crossing_step"], found["crossing_time"]) == (10.0, 5.0)
+    (found,) = target_lines([(0, 4.0, 0.0), (10, 3.0, 5.0)], 3.0)
+    assert (found["crossing_step"], found["crossing_time"]) == (10.0, 5.0)
 
 
 def test_only_the_first_crossing_counts() -> None:
     points = [(0, 4.0, 0.0), (10, 2.9, 5.0), (20, 3.1, 9.0), (30, 2.8, 14.0)]
-    assert [crossing(points[:i], 3.0) is not None for i in (1, 2, 3, 4)] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert [len(target_lines(points[:i], 3.0)) for i in (1, 2, 3, 4)] == [0, 1, 1, 1]
+    assert target_lines(points, 3.0)[0]["step"] == 10
 
 
 def test_a_target_that_is_not_a_number_is_never_reached() -> None:
-    assert crossing([(0, 4.0, 0.0), (10, 3.0, 5.0)], math.nan) is None
+    assert target_lines([(0, 4.0, 0.0), (10, 3.0, 5.0)], math.nan) == []
 
 
 def test_a_target_reached_by_the_first_point_is_reached_there() -> None:
-    found = crossing([(0, 2.0, 0.0)], 3.0)
-    assert found is not None and (found["step"], found["crossing_step"]) == (0, 0)
+    (found,) = target_lines([(0, 2.0, 0.0)], 3.0)
+    assert (found["step"], found["crossing_step"]) == (0, 0)
 
 
 def test_the_log_says_once_when_the_target_was_reached(tiny: Tiny) -> None:

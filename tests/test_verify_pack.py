@@ -10,12 +10,12 @@ import pytest
 from conftest import ROOT, TINY
 
 import train_gpt
-from records import pack, report
+from records import pack, pages
 from records import record as record_module
 from records.__main__ import main
 from records.bundle import script_of
 from records.log import parse_log
-from records.pack import FIXED, TRACK
+from records.pack import TRACK, TRACK_3_RULES
 from records.stats import precision
 from records.verify import verify_all, verify_page, verify_record
 
@@ -150,7 +150,7 @@ def as_track_3(logs: Path) -> None:
     """Changes the config of the logs to that of the benchmark."""
     for path in logs.iterdir():
         config = parse_log(path).meta["config"]
-        for key, value in FIXED.items():
+        for key, value in TRACK_3_RULES.items():
             replace(path, f'"{key}": {config[key]}', f'"{key}": {value}')
 
 
@@ -399,11 +399,11 @@ def root(record: Path) -> Path:
     folder = Path("repository/records/track/2026-01-02_tiny")
     folder.parent.mkdir(parents=True)
     record.rename(folder)
-    for page, tables in report.PAGES.items():
+    for page, tables in pages.PAGES.items():
         path = Path("repository", page)
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"<!-- table:{t} -->\n<!-- /table:{t} -->\n" for t in tables))
-    report.main([], Path("repository"))
+    pages.main([], Path("repository"))
     return Path("repository")
 
 
@@ -431,14 +431,14 @@ def test_verify_sees_a_changed_digit_of_the_leaderboard(root: Path) -> None:
 
 def test_the_page_on_submitting_writes_the_leaderboard_before_it_verifies(root: Path) -> None:
     """In its order verify refused every new record: the leaderboard lacked the row."""
-    words = ("records pack", "records.report", "records verify")
+    words = ("records pack", "records.pages", "records verify")
     page = (ROOT / "docs/submit.md").read_text().partition("## 5.")[2]
     places = [page.index(f"python -m {word}") for word in words]
     assert places == sorted(places)
     first = root / "records/track/2026-01-02_tiny"
     shutil.copytree(first, first.with_name("2026-01-03_tiny"))
-    assert "run python -m records.report" in verify_all(root)[0]
-    report.main([], root)
+    assert "run python -m records.pages" in verify_all(root)[0]
+    pages.main([], root)
     assert verify_all(root) == []
 
 
@@ -456,7 +456,7 @@ def test_records_that_pass_stand_above_those_that_do_not(root: Path) -> None:
         shutil.copytree(first, first.with_name(name))
         path = first.with_name(name) / "record.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change | {"name": name}))
-    rows = report.leaderboard(root).splitlines()[2:]
+    rows = pages.leaderboard(root).splitlines()[2:]
     assert [row.split("[")[1].split("]")[0] for row in rows] == ["faster", "tiny", "missed"]
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import shards_of
 from test_replay import Graph, fake
 
+import optimizers
 import train_gpt
-from optimizers import OPTIMIZERS, Muon
-from optimizers.slot import MatrixOptimizer, nesterov
+from models import world
+from models.microbatch import Microbatches
+from optimizers import OPTIMIZERS, Around, Muon
 from records.log import parse_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,26 +48,35 @@ def config(tmp_path: Path) -> train_gpt.Config:
 
 
 def trainer_of(config: train_gpt.Config) -> train_gpt.Trainer:
-    world = train_gpt.World(0, 1, torch.device("cpu"))
-    return train_gpt.Trainer(config, world, *train_gpt.check_data(config))
+    alone = train_gpt.World(0, 1, torch.device("cpu"))
+    return train_gpt.Trainer(config, alone, *shards_of(config))
 
 
 def run(config: train_gpt.Config) -> str:
     trainer = trainer_of(config)
     trainer.warm_up()
-    return train_gpt.run_trials(trainer, {}, "source\n", 0.0, [])
+    return trials(trainer)
+
+
+def trials(trainer: train_gpt.Trainer) -> str:
+    """Train all seeds; logs begin with a source of one line."""
+    config = trainer.config
+    seeds = range(config.seed, config.seed + config.trials)
+    paths = train_gpt.check_outputs(config.log, "", seeds, wandb=False)
+    start = dict(script=ROOT / "train_gpt.py", source="source\n", argv=[])
+    return train_gpt.run_trials(trainer, {}, paths, start)
 
 
 def out_of_memory_above(rows_that_fit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    tried, real = [], train_gpt.Trainer.forward_backward
+    tried, real = [], Microbatches.backward
 
-    def forward_backward(self, tokens, rows, *how):
-        tried.append(rows)
-        if rows > rows_that_fit:
+    def backward(self, tokens, *more):
+        tried.append(self.rows)
+        if self.rows > rows_that_fit:
             raise torch.OutOfMemoryError("simulated")
-        return real(self, tokens, rows, *how)
+        return real(self, tokens, *more)
 
-    monkeypatch.setattr(train_gpt.Trainer, "forward_backward", forward_backward)
+    monkeypatch.setattr(Microbatches, "backward", backward)
     return tried
 
 
@@ -72,7 +84,7 @@ def test_the_microbatch_shrinks_until_it_fits(config, monkeypatch):
     tried = out_of_memory_above(3, monkeypatch)
     trainer = trainer_of(config)
     trainer.warm_up()
-    assert tried == [8, 4, 2] and trainer.rows == 2
+    assert tried == [8, 4, 2] and trainer.microbatches.rows == 2
 
 
 def test_only_kernels_that_need_no_new_compilation_try_more_than_the_usual_rows(
@@ -80,10 +92,12 @@ def test_only_kernels_that_need_no_new_compilation_try_more_than_the_usual_rows(
 ):
     """A GPU without them would compile for 256 rows, run out of memory, and compile again."""
     tried = out_of_memory_above(0, monkeypatch)
-    trainer = trainer_of(dataclasses.replace(config, row_tokens=4, batch_tokens=1024))
-    for trainer.model.fused in (False, True):
+    for obstacle in ("device cpu", ""):
+        monkeypatch.setattr(train_gpt, "trunk_obstacle", lambda *_, why=obstacle: why)
+        trainer = trainer_of(dataclasses.replace(config, row_tokens=4, batch_tokens=1024))
+        assert trainer.model.fused == (not obstacle)
         with pytest.raises(ValueError, match="1 rows do not fit"):
-            trainer.rows_that_fit()
+            trainer.microbatches.settle(trainer.val[:1])
     assert tried == [8, 4, 2, 1, 256, 128, 64, 32, 16, 8, 4, 2, 1]
 
 
@@ -107,10 +121,10 @@ def test_the_models_kernels_are_asked_for_before_the_optimizer_compiles(config, 
 
     monkeypatch.setattr(train_gpt, "compiled_ahead", ahead)
     trainer = trainer_of(config)
-    for name in ("forward_backward", "optimizer_step"):
-        monkeypatch.setattr(trainer, name, noted(getattr(trainer, name), order))
+    for owner, name in ((trainer.microbatches, "backward"), (trainer.optimizer, "step")):
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name), order))
     trainer.warm_up()
-    assert order == ["cpu", "forward_backward", "optimizer_step", "waited for", "forward_backward"]
+    assert order == ["cpu", "backward", "step", "waited for", "backward"]
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
@@ -130,18 +144,25 @@ def test_techniques_hear_of_each_forward_pass_and_of_each_validation(config, mon
     """before_forward and readout are the seam of look-ahead methods and of weight averages."""
     heard = []
 
-    class Listening(Muon):
-        def before_forward(self):
-            heard.append("forward")
+    class Listener(Around):
+        def before_forward(self, weights, state, step):
+            heard.append(f"forward {step}")
 
-        def readout(self):
+        def after_step(self, weights, state, step):
+            heard.append(f"after {step}")
+
+        def readout(self, weights, state):
             heard.append("readout")
-            return super().readout()
+            return super().readout(weights, state)
+
+    class Listening(Muon):
+        around = (Listener(),)
 
     monkeypatch.setitem(OPTIMIZERS, "listening", Listening)
     assert run(dataclasses.replace(config, optimizer="listening")) == "complete"
-    warm_up, steps = ["forward", "readout"], ["readout", "forward"] * 2 + ["readout"]
-    assert heard == warm_up + steps
+    warm_up = ["after 0", "forward 0", "readout"]
+    steps = [f"readout forward {step} after {step}" for step in (0, 1)]
+    assert " ".join(heard) == " ".join([*warm_up, *steps, "readout"])
 
 
 def test_ranks_that_differ_in_one_bit_are_seen_and_fail_the_run(config, monkeypatch):
@@ -149,9 +170,11 @@ def test_ranks_that_differ_in_one_bit_are_seen_and_fail_the_run(config, monkeypa
         """As if another rank held a parameter whose bits add up to one more."""
         return tensor + (op == "MAX") if tensor.dtype == torch.int64 and tensor.ndim else tensor
 
-    assert trainer_of(config).ranks_agree()
+    trainer = trainer_of(config)
+    weights = list(trainer.model.parameters())
+    assert trainer.world.same(weights)
     monkeypatch.setattr(train_gpt.World, "all_reduce", all_reduce)
-    assert not trainer_of(config).ranks_agree()
+    assert not trainer.world.same(weights)
     assert run(config) == "ranks hold different parameters"
     assert parse_log(Path(config.log)).status == "ranks hold different parameters"
 
@@ -161,10 +184,10 @@ def test_the_steps_of_a_run_replay_what_the_warm_up_recorded(name, config, monke
     """Both trials too: recording is not for the clock. Graphs are simulated, see test_replay.py."""
     fake(monkeypatch)
     trainer = trainer_of(dataclasses.replace(config, optimizer=name, trials=2))
-    trainer.matrix.compiled = True
+    trainer.optimizer.matrix.compiled = True
     trainer.warm_up()
     count = len(Graph.recorded)
-    assert train_gpt.run_trials(trainer, {}, "source\n", 0.0, []) == "complete"
+    assert trials(trainer) == "complete"
     assert len(Graph.recorded) == count > 0
     assert Graph.replays == 2 * config.steps * count
 
@@ -178,9 +201,9 @@ def test_the_log_of_a_run_that_diverged_can_be_parsed(config):
 def test_the_optimizer_of_the_readme_trains(config, monkeypatch):
     """An optimizer has only its own hyperparameters: once the trainer insisted on a dtype."""
     source = re.search(r"```python\n(class Cubic.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    scope = {"MatrixOptimizer": MatrixOptimizer, "nesterov": nesterov}
+    scope = {name: getattr(optimizers, name) for name in optimizers.__all__}
     exec(source, scope)
-    monkeypatch.setitem(OPTIMIZERS, "cubic", scope["Cubic"])
+    monkeypatch.setitem(OPTIMIZERS, "cubic", scope["CubicMuon"])
     assert run(dataclasses.replace(config, optimizer="cubic")) == "complete"
     first, *_, last = parse_log(Path(config.log)).points
     assert last.val_loss < first.val_loss
@@ -191,7 +214,7 @@ def test_more_processes_than_gpus_is_an_error_and_no_reason_for_the_cpu(monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="8 processes for 4 GPUs"):
-        train_gpt.choose_device("")
+        world.choose_device("")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="cuda.*does not work"):  # this torch has no CUDA
-        train_gpt.choose_device("")
+        world.choose_device("")

@@ -1,19 +1,19 @@
-"""Times whole optimizer steps on all matrices of a model, and says how exact they are.
+"""Time whole optimizer steps on all matrices of a model, and measure how exact they are.
 
     python tools/bench_optimizers.py                # prints a table, appends to records/bench/
     python tools/bench_optimizers.py --shapes 1.1B --out FILE --momentum momentum.pt
 
-GPU time from events, median after warm-up; fp32 weights, gradients and momentum; hyperparameters
-change in every step, recompiling or a wait for the GPU is an error. peak_mib: beyond weights,
-gradients and state, the most that is allocated in a step, and all that graphs have reserved for
-themselves, which stays theirs between steps. How exact the direction is:
+Times are medians of CUDA events after warm-up, with fp32 weights, gradients and momentum. The
+hyperparameters change in every step; a recompilation or a host sync is an error. peak_mib is the
+peak memory of a step beyond weights, gradients and state, plus the pools of CUDA graphs, which stay
+reserved between steps. These columns measure the update direction:
 
     rms_sigma     root mean square of its singular values minus 1, the worst of 3072 x 768 and
                   768 x 768 with spectra 1/i and log-spaced to a condition number of 100
-    rms_sigma_800 the same, log-spaced to 800
-    row_sq_cv     coefficient of variation of the squared row norms of a 3072 x 768 momentum with
+    rms_sigma_800 the same, log-spaced to a condition number of 800
+    row_sq_cv     coefficient of variation of its squared row norms, for a 3072 x 768 momentum with
                   spectrum 1/i and log-normal rows (sigma 1)
-    real_sq_cv    the same on real momenta, --momentum FILE: {name: (m, n) tensor} by torch.save
+    real_sq_cv    the same for real momenta: --momentum FILE holds {name: (m, n) tensor}
 """
 
 import argparse
@@ -48,13 +48,13 @@ SHAPES = {  # name: group, shape, matrices, neuron axis
     ],
     "tiny": [("attn", (96, 96), 4, None), ("fc", (384, 96), 2, 0), ("proj", (96, 384), 2, 1)],
 }
-KINDS = {name: (name, {}) for name in OPTIMIZERS if name != "riemannian"} | {
+VARIANTS = {name: (name, {}) for name in OPTIMIZERS if name != "riemannian"} | {
     f"{name}, quintic12": (name, dict(polar="quintic12")) for name in ("muon", "aurora")
 }
 
 
 def make_groups(shapes: str, device: torch.device) -> list[dict]:
-    """The matrices as fp32 parameters with gradients, grouped as in train_gpt.py."""
+    """Return fp32 parameters with gradients, grouped as in train_gpt.py."""
     groups = []
     for name, shape, count, axis in SHAPES[shapes]:
         params = [torch.nn.Parameter(torch.randn(shape, device=device)) for _ in range(count)]
@@ -92,7 +92,7 @@ def with_spectrum(m: int, n: int, sigma: Tensor) -> Tensor:
 
 
 def uneven_momentum(m: int, n: int) -> Tensor:
-    """m x n with column spectrum 1/i and log-normal rows, the hard case of aurora.md 1.4."""
+    """Return an m x n matrix with column spectrum 1/i and log-normal rows: Aurora's hard case."""
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(m, n, generator=generator, dtype=torch.float64)
     rows = torch.randn(m, 1, generator=generator, dtype=torch.float64).exp()
@@ -108,11 +108,14 @@ def row_sq_cv(U: Tensor) -> float:
     return (squares.std(correction=0) / squares.mean()).item()
 
 
-def exactness(kind: type, how: dict, n: int, device: torch.device, real: dict) -> dict[str, float]:
-    """Of the directions for made and real momenta; only for optimizers with a polar factor."""
-    if "polar" not in kind.defaults:
+def exactness(
+    optimizer: type, options: dict, n: int, device: torch.device, real: dict
+) -> dict[str, float]:
+    """Measure the directions for random and real momenta, if the optimizer has a polar factor."""
+    if "polar" not in optimizer.defaults:
         return {}
-    opt = kind([torch.nn.Parameter(torch.zeros(1, 1, device=device))], compile=False, **how)
+    params = [torch.nn.Parameter(torch.zeros(1, 1, device=device))]
+    opt = optimizer(params, compile=False, **options)
 
     def direction(X: Tensor, axis: int | None) -> Tensor:
         grad, group = X.float().to(device)[None], opt.param_groups[0] | dict(neuron_axis=axis)
@@ -134,7 +137,7 @@ def exactness(kind: type, how: dict, n: int, device: torch.device, real: dict) -
 
 
 def reserved_by_graphs() -> dict[tuple, int]:
-    """Bytes of each memory pool but the common one."""
+    """Return the bytes of each memory pool except the default one."""
     found: dict[tuple, int] = {}
     for segment in torch.cuda.memory_snapshot():
         pool = tuple(segment["segment_pool_id"])
@@ -143,8 +146,8 @@ def reserved_by_graphs() -> dict[tuple, int]:
 
 
 def timing(opt: torch.optim.Optimizer, device: torch.device, repeats: int) -> dict[str, float]:
-    """ms of a step, compile time, and memory beyond what is there before and after it."""
-    Replay.pool = None  # its graphs get a pool of their own, not that of the row before
+    """Return the ms of a step, the compile time, and the peak memory of a step."""
+    Replay.pool = None  # the graphs of this row get their own pool
     others = reserved_by_graphs() if device.type == "cuda" else {}
     first = seconds_of(opt.step, device)
     started = time.perf_counter()
@@ -164,7 +167,7 @@ def timing(opt: torch.optim.Optimizer, device: torch.device, repeats: int) -> di
     if device.type == "cuda":
         pools = sum(size for pool, size in reserved_by_graphs().items() if pool not in others)
         facts["peak_mib"] = (torch.cuda.max_memory_allocated() - before + pools) / 2**20
-        torch.cuda.set_sync_debug_mode("error")  # a wait for the GPU inside the step is an error
+        torch.cuda.set_sync_debug_mode("error")  # a host sync inside the step raises
         opt.step()
         torch.cuda.set_sync_debug_mode("default")
     return facts
@@ -175,9 +178,10 @@ def measure(name: str, shapes: str, device: torch.device, repeats: int, real: di
     if name == "torch.optim.Muon":
         opt, facts = torch.optim.Muon([p for g in groups for p in g["params"]], lr=1e-3), {}
     else:
-        kind, how = OPTIMIZERS[KINDS[name][0]], KINDS[name][1]
-        opt, n = kind(groups, **how), min(768, *SHAPES[shapes][0][1])
-        facts = exactness(kind, how, n, device, real)
+        optimizer, options = VARIANTS[name]
+        opt = OPTIMIZERS[optimizer](groups, **options)
+        n = min(768, *SHAPES[shapes][0][1])
+        facts = exactness(OPTIMIZERS[optimizer], options, n, device, real)
     facts = timing(opt, device, repeats) | facts
     return {"name": name} | {key: float(f"{value:.4g}") for key, value in facts.items()}
 
@@ -194,12 +198,14 @@ def commit() -> str:
 
 
 def main() -> None:
-    names = (*KINDS, "torch.optim.Muon")
+    names = (*VARIANTS, "torch.optim.Muon")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--shapes", choices=SHAPES, default="124M")
-    parser.add_argument("--momentum", type=Path, help="real momenta, as described above")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="of these rows")
+    parser.add_argument("--momentum", type=Path, help="file with real momenta, see the docstring")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=names, help="measure only these"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "records/bench/optimizers.jsonl")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

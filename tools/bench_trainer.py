@@ -1,25 +1,25 @@
-"""Times whole training steps of a preset: data, forward, backward, optimizer, logging of steps.
+"""Time whole training steps of a preset: data, forward, backward, optimizer, logging of steps.
 
     python tools/bench_trainer.py [--optimizer aurora] [--preset track3]
     torchrun --standalone --nproc_per_node=2 tools/bench_trainer.py
 
     python tools/bench_trainer.py --profile 2                       # a trace, the top 15 kernels
-    python tools/bench_trainer.py --expansions 4 8 16 --widths 768 1024 1536   # how a step grows
+    python tools/bench_trainer.py --expansions 4 8 16 --widths 768 1024 1536   # larger models
 
-Tokens are random, in shards of the real format, made in a temporary folder. Prints one line (for
-each size) and appends it to records/bench/trainer.jsonl (or --out FILE):
+The tokens are random; shards of the real format hold them in a temporary folder. Each size prints
+one line and appends it to records/bench/trainer.jsonl (or --out FILE):
 
-    start_s         from the start of the process to the first timed step
-    optimizer_ms    the optimizer's part of the step, with gradients that are there already
-    comm_ms         exposed communication of the matrix optimizer: a step's time less that of steps
-                    in which its collectives are replaced by nothing (blocks of both in turn)
-    bytes_per_rank  what each rank sends for it in a step
-    ranks_agree     whether all ranks hold the same parameters, bit for bit, after `steps` steps;
-                    where they do not, the bench fails. --check-ranks makes at least 200 steps
-    graphs          whether microbatches were replayed as CUDA graphs; peak_gib counts their memory
-    caches          whether compiled code was there at the start, of any size: "cold" or "warm"
-    kernels         with --profile: milliseconds in a step, calls in a step and name of the top 15;
-                    kernels_ms of all
+    start_s         seconds from the start of the process to the first timed step
+    optimizer_ms    time of the optimizer's part of a step, with gradients already in place
+    comm_ms         exposed communication of the matrix optimizer: the time of a step minus that of
+                    a step without its collectives (measured in alternating blocks)
+    bytes_per_rank  bytes that each rank sends for the matrix optimizer in a step
+    ranks_agree     true if all ranks hold the same parameters, bit for bit, after `steps` steps;
+                    otherwise the bench fails. --check-ranks makes at least 200 steps
+    graphs          true if CUDA graphs replayed the microbatches; peak_gib counts their memory
+    caches          "warm" if there was any compiled code at the start, otherwise "cold"
+    kernels         with --profile, the top 15: ms in a step, calls in a step, name
+    kernels_ms      with --profile, the ms of all kernels in a step
 """
 
 import argparse
@@ -45,14 +45,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from bench_optimizers import append_line, commit, seconds_of  # noqa: E402
+from data.loader import open_shards, train_batches  # noqa: E402
 from data.shards import write_shard  # noqa: E402
+from models.world import World, choose_device  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from optimizers import collectives, slot  # noqa: E402
+from optimizers import slot  # noqa: E402
 
 
 def caches() -> str:
-    """Whether compiled code lies in Triton's or Inductor's cache: "cold" or "warm"."""
+    """Return "warm" if Triton's or Inductor's cache holds compiled code, otherwise "cold"."""
     usual = {
         "TRITON_CACHE_DIR": Path.home() / ".triton/cache",
         "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir(), f"torchinductor_{getuser()}"),
@@ -62,7 +64,7 @@ def caches() -> str:
 
 
 def make_shards(folder: Path, config: train_gpt.Config, steps: int) -> None:
-    """Random tokens: enough for the steps and one validation."""
+    """Write random tokens, enough for the steps and one validation."""
     rng = np.random.default_rng(0)
     for split, count in (("train", (steps + 1) * config.batch_tokens), ("val", config.val_tokens)):
         tokens = rng.integers(0, min(config.vocab_size, 50257), count + 2, dtype=np.uint16)
@@ -70,7 +72,7 @@ def make_shards(folder: Path, config: train_gpt.Config, steps: int) -> None:
 
 
 class Done:
-    """The work handle of a collective that never was."""
+    """The work handle of a collective that did not run."""
 
     def wait(self) -> None:
         pass
@@ -78,14 +80,15 @@ class Done:
 
 @contextlib.contextmanager
 def without_communication(rank: int) -> Iterator[None]:
-    """The slot's collectives are over at once: a rank keeps its gradients and its weights."""
+    """Replace the slot's collectives: a rank keeps its own gradients and weights."""
 
-    def keep(received: Tensor, send: Tensor) -> Done:
-        received.copy_(send[rank])
+    def keep(received: Tensor, send: Tensor, async_op: bool) -> Done:
+        received.copy_(send.split(len(received))[rank])
         return Done()
 
+    names = "reduce_scatter_single", "reduce_scatter_tensor"  # torch 2.13 and before
     with (
-        mock.patch.object(collectives, "reduce_scatter", keep),
+        mock.patch.object(dist, next(name for name in names if hasattr(dist, name)), keep),
         mock.patch.object(slot, "all_gather", lambda *_: Done()),
     ):
         yield
@@ -101,29 +104,31 @@ def seconds_per_step(trainer: train_gpt.Trainer, batches: Iterator[Tensor], step
 
 
 def exposed_seconds(trainer: train_gpt.Trainer, batches: Iterator[Tensor], steps: int) -> float:
-    """Of communication, in a step; afterwards the ranks hold different parameters."""
+    """Measure the exposed communication of a step. The ranks' parameters differ afterwards."""
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(5):
         for silent in times:
-            how = without_communication(trainer.world.rank) if silent else contextlib.nullcontext()
-            with how:
+            rank = trainer.world.rank
+            with without_communication(rank) if silent else contextlib.nullcontext():
                 times[silent].append(seconds_per_step(trainer, batches, range(1, steps + 1)))
     return statistics.median(times[False]) - statistics.median(times[True])
 
 
-def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Namespace) -> dict:
-    trainer = train_gpt.Trainer(config, world, *train_gpt.check_data(config))
+def measure(config: train_gpt.Config, world: World, args: argparse.Namespace) -> dict:
+    sizes = config.steps, config.batch_tokens, config.val_tokens, config.vocab_size
+    data = open_shards(config.data, config.get_data, *sizes, config.wrap)
+    trainer = train_gpt.Trainer(config, world, *data)
     trainer.warm_up()
     trainer.reset(config.seed)
     start_s = time.perf_counter() - train_gpt.STARTED
-    batches = train_gpt.train_batches(trainer.shards, config, world.rank, world.size)
+    batches = train_batches(trainer.shards, config.batch_tokens, world.rank, world.size)
     steps = max(args.bench_steps, 200 * args.check_ranks)
     trainer.step(0, next(batches))
     step_s = seconds_per_step(trainer, batches, range(1, steps + 1))
     peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
     if not torch.isfinite(trainer.step(steps, next(batches))):
         raise SystemExit(f"bench_trainer.py: the loss is not finite after {steps} steps")
-    if not (agree := trainer.ranks_agree()):
+    if not (agree := world.same(list(trainer.model.parameters()))):
         raise SystemExit(f"bench_trainer.py: ranks hold different parameters after {steps} steps")
     kernels = {}
     if args.profile:
@@ -138,7 +143,7 @@ def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Nam
         for p in trainer.model.parameters():
             p.grad = torch.randn_like(p)
         world.synchronize()
-        optimizer_s.append(seconds_of(lambda: trainer.optimizer_step(1), world.device))
+        optimizer_s.append(seconds_of(lambda: trainer.optimizer.step(1), world.device))
     optimizer_ms = 1000 * sorted(optimizer_s)[3]
     comm_s = exposed_seconds(trainer, batches, min(steps, 8)) if world.size > 1 else 0.0
     facts = dict(
@@ -148,21 +153,21 @@ def measure(config: train_gpt.Config, world: train_gpt.World, args: argparse.Nam
         start_s=start_s,
         optimizer_ms=optimizer_ms,
         comm_ms=1000 * comm_s,
-        microbatch_rows=trainer.rows,
+        microbatch_rows=trainer.microbatches.rows,
     )
     facts = {key: float(f"{value:.6g}") for key, value in facts.items()}
-    sent = sum(trainer.matrix.traffic().values())
+    sent = sum(trainer.optimizer.matrix.traffic().values())
     facts |= dict(bytes_per_rank=sent, steps=steps + 2, ranks_agree=agree)
-    return facts | dict(graphs=trainer.graphs is not None) | kernels
+    return facts | dict(graphs=trainer.microbatches.graphs is not None) | kernels
 
 
 Row = tuple[float, float, str]  # ms in a step, calls in a step, name
 
 
-def profile(step: Callable[[], None], steps: int, world: train_gpt.World, trace: Path) -> list[Row]:
-    """Runs steps; rank 0 writes their trace (chrome://tracing) and prints what took most time."""
-    on_gpu, kinds = world.device.type == "cuda", torch.profiler.ProfilerActivity
-    activities = [kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]
+def profile(step: Callable[[], None], steps: int, world: World, trace: Path) -> list[Row]:
+    """Run steps; rank 0 writes their trace (chrome://tracing) and prints the slowest kernels."""
+    on_gpu, activity = world.device.type == "cuda", torch.profiler.ProfilerActivity
+    activities = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
     recorder = torch.profiler.profile(activities=activities)
     with recorder if world.rank == 0 else contextlib.nullcontext():
         for _ in range(steps):
@@ -181,35 +186,23 @@ def profile(step: Callable[[], None], steps: int, world: train_gpt.World, trace:
 
 
 def kernel_rows(averages: Iterable, steps: int, on_gpu: bool) -> list[Row]:
-    """The GPU's kernels, without a GPU the operators of the CPU; the most time first."""
+    """Return the GPU's kernels (without a GPU, the CPU's operators), slowest first."""
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
-    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    found = [event for event in averages if event.device_type == kind]
-    found = [event for event in found if not event.is_user_annotation]  # they contain kernels
+    device_type = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    found = [event for event in averages if event.device_type == device_type]
+    found = [event for event in found if not event.is_user_annotation]  # these contain kernels
     rows = [(getattr(e, key) / 1000 / steps, e.count / steps, e.key) for e in found]
     return sorted(rows, reverse=True)
 
 
-@contextlib.contextmanager
-def mlp_expansion(expansion: int) -> Iterator[None]:
-    """Models built inside have MLPs of `expansion` times their width."""
-    usual = train_gpt.MLP
-    train_gpt.MLP = functools.partial(usual, expansion=expansion)
-    try:
-        yield
-    finally:
-        train_gpt.MLP = usual
-
-
-def grow(config: train_gpt.Config, world: train_gpt.World, args: argparse.Namespace) -> None:
-    """A line for each MLP expansion at the preset's width, then for each width at expansion 4."""
+def grow(config: train_gpt.Config, world: World, args: argparse.Namespace) -> None:
+    """Report each MLP expansion at the preset's width, then each width at expansion 4."""
     sizes = [(expansion, config.width) for expansion in args.expansions]
     for expansion, width in sizes + [(4, width) for width in args.widths]:
         torch.compiler.reset()
-        grown = dataclasses.replace(config, width=width)
-        with mlp_expansion(expansion):
-            facts = measure(grown, world, args)
-        del facts["start_s"]  # of the process, not of this model
+        grown = dataclasses.replace(config, width=width, expansion=expansion)
+        facts = measure(grown, world, args)
+        del facts["start_s"]  # it belongs to the process, not to this model
         facts |= dict(expansion=expansion, width=width, layers=config.layers)
         share = facts["optimizer_ms"] / facts["step_ms"]
         report("growth", config, world, args, facts | dict(optimizer_share=float(f"{share:.3g}")))
@@ -221,7 +214,7 @@ def grow(config: train_gpt.Config, world: train_gpt.World, args: argparse.Namesp
 def report(
     bench: str,
     config: train_gpt.Config,
-    world: train_gpt.World,
+    world: World,
     args: argparse.Namespace,
     facts: dict,
 ) -> None:
@@ -249,7 +242,7 @@ def report(
 def parse() -> tuple[argparse.Namespace, train_gpt.Config]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bench-steps", type=int, default=20)
-    parser.add_argument("--check-ranks", action="store_true", help="make 200 steps or more")
+    parser.add_argument("--check-ranks", action="store_true", help="make at least 200 steps")
     parser.add_argument("--out", type=Path, default=ROOT / "records/bench/trainer.jsonl")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
     parser.add_argument("--trace", type=Path, help="default: --out with .trace.json.gz")
@@ -272,12 +265,12 @@ def parse() -> tuple[argparse.Namespace, train_gpt.Config]:
 def main() -> None:
     args, config = parse()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    world = train_gpt.World(rank, size, train_gpt.choose_device(config.device))
+    world = World(rank, size, choose_device(config.device))
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", os.getpid())
     folder = Path(tempfile.gettempdir()) / f"bench_trainer_{run_id}"
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        make_shards(folder, config, min(args.bench_steps, 40) + 2)  # read again if more are made
+        make_shards(folder, config, min(args.bench_steps, 40) + 2)  # more steps read them again
     world.synchronize()
     config = dataclasses.replace(config, data=str(folder), wrap=True)
     if args.expansions or args.widths:

@@ -1,13 +1,14 @@
-"""How exact the polar methods are, and how near the optimizers are to their references.
+"""Measure how exact the polar methods are, and how close the optimizers are to their references.
 
     python tools/exactness.py               # prints two tables, appends to records/bench/
     python tools/exactness.py --large       # polar factors of 3072 x 768 in place of 768 x 192
     python tools/exactness.py --out FILE    # appends elsewhere
 
-Table `polar`: log-spaced singular values from 1 to 1/condition; of the method's U, the rms over
-columns of |U^T U - I| (orthogonality) and |U - exact| / |exact| (error), Frobenius norms, exact in
-float64. Table `parity`: 50 random steps against tests/references.py; the largest
-|W - reference| / |reference - start| of any step. Time is not measured here.
+Table `polar` takes matrices with log-spaced singular values from 1 to 1/condition. For a method's U
+it shows |U^T U - I| / sqrt(n) (orthogonality) and |U - exact| / |exact| (error), in Frobenius
+norms, with exact computed in float64. Table `parity` makes 50 random steps beside
+tests/references.py and shows the largest |W - reference| / |reference - start| of any step. Nothing
+here measures time.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from optimizers.polar import POLAR, polar  # noqa: E402
 
 CONDITIONS = (3, 10, 30, 100, 300, 1000, 3000)
 PRODUCTS = (torch.bfloat16, torch.float16, torch.float32)
-PARITY = {  # shapes, each with the axis of its neurons
+PARITY = {  # each shape comes with the axis of its neurons
     "tall or wide": (((24, 6), 0), ((6, 24), 1), ((24, 6), None), ((10, 4), 1)),
     "m = n + 1": (((9, 8), 0),),
     "square": (((8, 8), 0),),
@@ -36,7 +37,7 @@ PARITY = {  # shapes, each with the axis of its neurons
 
 
 def spectrum(m: int, n: int, condition: float) -> tuple[Tensor, Tensor]:
-    """A matrix of this condition and its polar factor, in float64."""
+    """Return a matrix of this condition and its polar factor, in float64."""
     generator, r = torch.Generator().manual_seed(0), min(m, n)
     U, V = (
         torch.linalg.qr(torch.randn(k, r, dtype=torch.float64, generator=generator))[0]
@@ -47,7 +48,7 @@ def spectrum(m: int, n: int, condition: float) -> tuple[Tensor, Tensor]:
 
 
 def polar_rows(m: int, n: int, device: torch.device) -> list[dict]:
-    """A row for each method and type of its products, m > n; "exact" has no products."""
+    """Return a row for each method and dtype of its matmuls, for m > n; "exact" has no matmuls."""
     rows: dict[tuple, dict] = {}
     for condition in CONDITIONS:
         X, exact = (A.to(device) for A in spectrum(m, n, condition))
@@ -63,16 +64,18 @@ def polar_rows(m: int, n: int, device: torch.device) -> list[dict]:
     return list(rows.values())
 
 
-def parity(kind: str, dtype: torch.dtype, shape: tuple[int, int], axis: int | None, **how) -> float:
-    """The largest deviation from the reference; float64 with exact polar factors."""
-    opt_how = dict(how)
-    if "dtype" in OPTIMIZERS[kind].defaults:
-        opt_how |= dict(dtype=dtype, polar="exact" if dtype == torch.float64 else "quintic12")
+def parity(
+    optimizer: str, dtype: torch.dtype, shape: tuple[int, int], axis: int | None, **options
+) -> float:
+    """Return the largest deviation from the reference; float64 runs use exact polar factors."""
+    our_options = dict(options)
+    if "dtype" in OPTIMIZERS[optimizer].defaults:
+        our_options |= dict(dtype=dtype, polar="exact" if dtype == torch.float64 else "quintic12")
     weight, grads, lrs = references.problem(shape)
-    expected = references.run(kind, weight, grads, lrs, axis, **how)
+    expected = references.run(optimizer, weight, grads, lrs, axis, **options)
     start = torch.from_numpy(weight)
     p = torch.nn.Parameter(start.to(torch.promote_types(dtype, torch.float32), copy=True))
-    opt = OPTIMIZERS[kind]([dict(params=[p], neuron_axis=axis)], **opt_how)
+    opt = OPTIMIZERS[optimizer]([dict(params=[p], neuron_axis=axis)], **our_options)
     worst = 0.0
     for grad, lr, W in zip(grads, lrs, map(torch.from_numpy, expected), strict=True):
         opt.param_groups[0]["lr"] = lr
@@ -82,13 +85,13 @@ def parity(kind: str, dtype: torch.dtype, shape: tuple[int, int], axis: int | No
     return worst
 
 
-def parity_row(kind: str) -> dict:
-    row = {"optimizer": kind}
+def parity_row(optimizer: str) -> dict:
+    row = {"optimizer": optimizer}
     for where, shapes in PARITY.items():
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            if dtype == torch.bfloat16 and "dtype" not in OPTIMIZERS[kind].defaults:
+            if dtype == torch.bfloat16 and "dtype" not in OPTIMIZERS[optimizer].defaults:
                 continue
-            worst = max(parity(kind, dtype, shape, axis) for shape, axis in shapes)
+            worst = max(parity(optimizer, dtype, shape, axis) for shape, axis in shapes)
             row[f"{name(dtype)}, {where}"] = float(f"{worst:.2g}")
     return row
 
@@ -99,14 +102,14 @@ def name(dtype: torch.dtype) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--large", action="store_true", help="3072 x 768, for a GPU")
+    parser.add_argument("--large", action="store_true", help="use 3072 x 768, for a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "records/bench/exactness.jsonl")
     args = parser.parse_args()
     cuda, command = torch.cuda.is_available(), "python tools/exactness.py"
     shape = (3072, 768) if args.large else (768, 192)
     tables = {
         "polar": polar_rows(*shape, torch.device("cuda" if cuda else "cpu")),
-        "parity": [parity_row(kind) for kind in OPTIMIZERS],
+        "parity": [parity_row(optimizer) for optimizer in OPTIMIZERS],
     }
     for bench, rows in tables.items():
         print(*rows, sep="\n")

@@ -1,14 +1,13 @@
-"""Prints the accuracy of a checkpoint on HellaSwag: which of four endings fits a context?
+"""Print the accuracy of a checkpoint on HellaSwag: which of four endings fits a context?
 
     python tools/hellaswag.py run.pt                     # 10,042 examples, from the hub's cache
     python tools/hellaswag.py run.pt --data val.jsonl    # ctx, endings and label in every line
 
-As llm.c does it: the model reads ctx, a space and an ending, with nothing before and no examples
-above; the ending with the least cross-entropy is its answer. acc compares the sum over the ending's
-tokens, acc_norm their mean; of equal ones the first counts. For a model of bytes a token is a byte.
-What is longer than the model's context is cut on the left, so that the last tokens are scored with
-all the context there is room for; the line printed says how many examples were cut. After +- stands
-the standard error of a share, sqrt(p (1 - p) / n).
+The method is llm.c's: the model reads ctx, a space and an ending, zero-shot, and the ending with
+the least cross-entropy is its answer. acc compares the sum over the ending's tokens, acc_norm the
+mean; the first of equal endings wins. For a model of bytes a token is a byte. Rows that exceed the
+model's context lose tokens on the left, so that the last tokens keep as much context as fits; the
+printed line counts these examples as cut. +- is the standard error of a share, sqrt(p (1 - p) / n).
 """
 
 import argparse
@@ -24,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from bench_optimizers import append_line, commit  # puts the root on the path
 from sample import load_model, tokenizer_of
+from torch import nn
 from tqdm import tqdm
 
-import train_gpt
 from data.tokenize_text import Tokenizer
+from models.world import choose_device
+from train_gpt import Config
 
 REPOSITORY, FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
@@ -41,16 +42,16 @@ class Example(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One ending behind its context. The last `scored` tokens are those whose losses count."""
+    """A context with one ending. Only the losses of the last `scored` tokens count."""
 
     tokens: list[int]
     scored: int
 
 
 def fetch() -> Path:
-    """The validation split, from the hub's cache or the hub, with the sha256 that it should have.
+    """Return the validation split from the hub's cache or the hub, after checking its sha256.
 
-    ValueError, in one sentence, for whatever prevents that. A half download is never used.
+    Raise ValueError with one sentence if that fails. A partial download is never used.
     """
     other = f"or name a copy of {FILE} or of hellaswag_val.jsonl with --data"
     try:
@@ -62,7 +63,7 @@ def fetch() -> Path:
     try:
         try:
             path = Path(hf_hub_download(**what, local_files_only=True))
-        except FileNotFoundError:  # asked once, a machine without network hears of it in seconds
+        except FileNotFoundError:  # no retries: without a network this fails within seconds
             get_hf_file_metadata(hf_hub_url(**what), retry_on_errors=False)
             path = Path(hf_hub_download(**what))
     except (OSError, HTTPError) as error:
@@ -75,7 +76,7 @@ def fetch() -> Path:
 
 
 def raw_examples(path: Path) -> Iterator[tuple[str, object]]:
-    """Where each example stands, and it as it stands there, unchecked."""
+    """Yield the place of each example and its unchecked content."""
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -96,10 +97,11 @@ def raw_examples(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def read_examples(path: Path, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples of a .jsonl or .parquet; all fields but three are ignored.
+    """Read the first `limit` examples of a .jsonl or .parquet file.
 
-    FileNotFoundError without the file; ValueError that names the line (or row) for one without a
-    text `ctx`, a list of two or more texts `endings` and a `label` that counts them from 0.
+    An example needs a text `ctx`, a list `endings` of two or more texts, and a `label`, the index
+    of the right one. ValueError names the line or row of another; FileNotFoundError if there is no
+    such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: name one with --data")
@@ -110,7 +112,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
 
 
 def check(where: str, raw: object) -> Example:
-    """An Example, where everything is as HellaSwag has it: label is a number or its digits."""
+    """Return an Example if the fields are those of HellaSwag; label is a number or its digits."""
     row = raw if isinstance(raw, dict) else {}
     context, endings, label = (row.get(key) for key in ("ctx", "endings", "label"))
     if isinstance(label, str) and label.isascii() and label.isdigit():
@@ -129,9 +131,9 @@ def check(where: str, raw: object) -> Example:
 
 
 def render(example: Example, tokenizer: Tokenizer, row_tokens: int) -> tuple[list[Row], bool]:
-    """A row of 2 to row_tokens + 1 tokens for each ending, and whether one of them was cut.
+    """Return a row of 2 to row_tokens + 1 tokens for each ending, and True if one was cut.
 
-    An empty context becomes the end-of-text token: the first token scored needs one before it.
+    An empty context becomes the end-of-text token, as the first scored token needs one before it.
     """
     context = list(tokenizer.encode(example.context)) or [tokenizer.end_of_text]
     rows, cut = [], False
@@ -144,13 +146,13 @@ def render(example: Example, tokenizer: Tokenizer, row_tokens: int) -> tuple[lis
 
 
 @torch.no_grad()
-def losses(model: train_gpt.GPT, rows: list[Row], batch: int, width: int) -> list[float]:
-    """For each row the summed cross-entropy, in nats, of its scored tokens.
+def losses(model: nn.Module, rows: list[Row], batch: int, width: int) -> list[float]:
+    """Return the summed cross-entropy of each row's scored tokens, in nats.
 
-    Every input is (batch, width): rows are padded on the right, which attention does not see, and
-    the last batch with rows that score nothing.
+    Every input is (batch, width): rows are padded on the right, which causal attention ignores, and
+    the last batch is padded with rows that score nothing.
     """
-    device, sums = model.head.weight.device, []
+    device, sums = next(model.parameters()).device, []
     for start in tqdm(range(0, len(rows), batch), unit="batch", disable=None):
         some = rows[start : start + batch]
         inputs, targets = torch.zeros(2, batch, width, dtype=torch.long)
@@ -159,21 +161,21 @@ def losses(model: train_gpt.GPT, rows: list[Row], batch: int, width: int) -> lis
             end = len(tokens) - 1
             inputs[i, :end], targets[i, :end] = torch.tensor([tokens[:-1], tokens[1:]])
             scored[i, end - count : end] = True
-        x = model.trunk(inputs.to(device))[scored.to(device)]  # (scored tokens, model width)
-        each = F.cross_entropy(model.logits(x), targets[scored].to(device), reduction="none")
-        each = each.cpu().double().split(scored.sum(1).tolist())
-        sums += [loss.sum().item() for loss in each[: len(some)]]
+        x = model.hidden(inputs.to(device))[scored.to(device)]  # (scored tokens, model width)
+        nats = F.cross_entropy(model.logits(x), targets[scored].to(device), reduction="none")
+        by_row = nats.cpu().double().split(scored.sum(1).tolist())
+        sums += [row.sum().item() for row in by_row[: len(some)]]
     return sums
 
 
 def evaluate(
-    model: train_gpt.GPT,
-    config: train_gpt.Config,
+    model: nn.Module,
+    config: Config,
     examples: list[Example],
     tokenizer: Tokenizer,
     batch: int,
 ) -> dict[str, float]:
-    """Shares of right answers (acc, acc_norm), and how many examples there were and were cut."""
+    """Return the shares of right answers (acc, acc_norm) and the numbers of examples and cuts."""
     rendered = [render(example, tokenizer, config.row_tokens) for example in examples]
     rows = [row for some, _ in rendered for row in some]
     width = max(len(row.tokens) for row in rows) - 1
@@ -190,11 +192,11 @@ def evaluate(
 
 
 def report(args: argparse.Namespace) -> None:
-    """Prints the line, and appends it to --out with what it takes to know where it came from."""
+    """Print the result, and append it to --out with its checkpoint, step, seed and commit."""
     parents = args.out.absolute().parents if args.out else []
     if parents and (args.out.is_dir() or not next(p for p in parents if p.exists()).is_dir()):
         raise ValueError(f"cannot append to --out {args.out}: name a file, in a folder")
-    device = train_gpt.choose_device(args.device)
+    device = choose_device(args.device)
     model, config, saved = load_model(args.checkpoint, device)
     tokenizer, _ = tokenizer_of(config)
     path = args.data or fetch()
@@ -217,14 +219,14 @@ def report(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="CKPT", type=Path)
-    parser.add_argument("--data", metavar="FILE", type=Path, help=".jsonl or .parquet; or the hub")
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N examples")
-    parser.add_argument("--rows", type=int, default=64, help="endings at once (default: 64)")
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the first here")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="append the result as JSON line")
+    parser.add_argument("--data", metavar="FILE", type=Path, help=".jsonl or .parquet")
+    parser.add_argument("--limit", metavar="N", type=int, help="use the first N examples only")
+    parser.add_argument("--rows", type=int, default=64, help="endings per batch (default: 64)")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu (default: first here)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="append the result as a JSON line")
     args = parser.parse_args(argv)
     if args.rows < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--rows and --limit are 1 or more")
+        parser.error("--rows and --limit must be 1 or more")
     try:
         report(args)
     except (FileNotFoundError, ValueError) as error:

@@ -1,11 +1,12 @@
-"""Trains each optimizer with each seed: a process for each run, one at a time on every visible GPU.
+"""Train each optimizer with each seed: one process per run, one run at a time on every visible GPU.
 
     python tools/run_many.py --optimizers adamw muon --seeds 1 2 --out logs/first -- --preset prose
 
-What follows -- goes to the trainer; {run} there becomes the run's name, as --checkpoint {run}.pt
-needs it. A run's log is OUT/muon_seed1.txt, what it prints goes to OUT/muon_seed1.console. Started
-again, it skips what is complete, renames the rest (muon_seed1.txt.1) and trains that anew. Ctrl-C
-ends all runs. Exit code 1: not all logs are complete; 2: bad input; 130: interrupted.
+Arguments after -- go to the trainer, with {run} replaced by the run's name, for example in
+--checkpoint {run}.pt. A run writes its log to OUT/muon_seed1.txt and its output to
+OUT/muon_seed1.console. A second start skips complete runs, renames the logs of the others
+(muon_seed1.txt.1) and trains these again. Ctrl-C ends all runs. The exit code is 1 if some logs are
+incomplete, 2 for bad input and 130 after Ctrl-C.
 """
 
 import argparse
@@ -21,17 +22,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_gpt  # noqa: E402, I001 (first: its clock starts before torch is imported)
 import torch  # noqa: E402
+
 from optimizers import OPTIMIZERS  # noqa: E402
 from records.log import Run, parse_log  # noqa: E402
+from records.writer import flatten  # noqa: E402
 
 TRAINER = ROOT / "train_gpt.py"
-OURS = {"--optimizer", "--seed", "--trials", "--log", "--log-file", "--eval"}  # not after --
+OURS = {"--optimizer", "--seed", "--trials", "--log", "--log-file", "--eval"}  # refused after --
 
 
 def complete(log: Path) -> Run | None:
-    """The run of a log that says it is complete; None for any other, or no log."""
+    """Return the run of a log if it is complete, otherwise None."""
     try:
         return run if (run := parse_log(log)).status == "complete" else None
     except (FileNotFoundError, ValueError):
@@ -39,10 +41,10 @@ def complete(log: Path) -> Run | None:
 
 
 def plan(args: argparse.Namespace, rest: list[str]) -> dict[Path, list[str]]:
-    """The trainer's arguments for each log; ValueError if a complete one is of others, or code."""
-    flags, runs, source = {w.partition("=")[0] for w in rest}, {}, train_gpt.flatten(TRAINER)
+    """Return the trainer's arguments by log; ValueError if a complete log had others."""
+    flags, runs, source = {w.partition("=")[0] for w in rest}, {}, flatten(TRAINER)
     if clash := flags & OURS:
-        raise ValueError(f"{', '.join(sorted(clash))} after --: that is set here, for each run")
+        raise ValueError(f"{', '.join(sorted(clash))} after --: run_many.py sets these itself")
     if "--checkpoint" in flags and "{run}" not in " ".join(rest):
         raise ValueError("--checkpoint is one file for all runs: write {run} into its name")
     for name, seed in product(args.optimizers, args.seeds):
@@ -55,7 +57,7 @@ def plan(args: argparse.Namespace, rest: list[str]) -> dict[Path, list[str]]:
 
 
 def start(log: Path, words: list[str], gpu: str) -> subprocess.Popen:
-    """A run on one GPU ("": the CPU). What an earlier one left is renamed, never deleted."""
+    """Start a run on one GPU ("" is the CPU). Files of an earlier run are renamed, not deleted."""
     for path in (log, console := log.with_suffix(".console")):
         if path.exists():
             names = (path.with_name(f"{path.name}.{n}") for n in count(1))
@@ -68,7 +70,7 @@ def start(log: Path, words: list[str], gpu: str) -> subprocess.Popen:
 
 
 def train(runs: dict[Path, list[str]], gpus: list[str]) -> bool:
-    """Incomplete runs. A mistake in flags or data (exit code 2) ends the queue, and is returned."""
+    """Train all incomplete runs; True if exit code 2 (bad flags or data) ended the queue."""
     waiting, running, refused = [log for log in runs if not complete(log)], {}, False
     try:
         while waiting or running:
@@ -89,24 +91,28 @@ def train(runs: dict[Path, list[str]], gpus: list[str]) -> bool:
                     del running[gpu]
     finally:
         for _, process, _ in running.values():
-            process.terminate()  # which ends the trainer at once
+            process.terminate()  # this ends the trainer at once
             process.wait()
     return refused
 
 
 def main(argv: list[str]) -> int:
     cut, found = [*argv, "--"].index("--"), torch.cuda.device_count()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="-- FLAGS")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="-- FLAGS go to the trainer"
+    )
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
-    parser.add_argument("--gpus", type=int, choices=range(1, found + 1), help="of those visible")
+    parser.add_argument(
+        "--gpus", type=int, choices=range(1, found + 1), help="use only so many of the visible GPUs"
+    )
     parser.add_argument("--out", type=Path, default=Path("logs/run_many"), help="folder of logs")
     args, ids = parser.parse_args(argv[:cut]), os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (ids.split(",") if ids else [str(n) for n in range(found)])[:found][: args.gpus]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / ".lock").open("w") as lock:  # a second one would rename our logs
+        with (args.out / ".lock").open("w") as lock:  # a second run_many.py would rename our logs
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             refused = train(runs := plan(args, argv[cut + 1 :]), gpus or [""])
     except (ValueError, OSError) as error:

@@ -1,11 +1,11 @@
-"""Prints text from a checkpoint that `train_gpt.py --checkpoint` wrote.
+"""Print text from a checkpoint that `train_gpt.py --checkpoint` wrote.
 
     python tools/sample.py run.pt --prompt "The sea" [--tokens 100] [--temperature 0.7] [--top-k 0]
 
-The model is built from the settings in the checkpoint. Its vocabulary says what a token is: 257 are
-the bytes (256 begins a document), 50304 those of tiktoken's gpt2. The text begins as documents do,
-with the end-of-text token, then comes the prompt; that token itself is never drawn. The same seed
-gives the same text on the same machine.
+The settings in the checkpoint define the model, and the size of its vocabulary the tokenizer: 257
+is bytes (256 begins a document), 50304 is tiktoken's gpt2. The model reads the end-of-text token,
+which begins every document, and then the prompt. It never draws that token. The same seed gives the
+same text on the same machine.
 """
 
 import argparse
@@ -19,19 +19,24 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import train_gpt  # noqa: E402, I001 (first: its clock starts before torch is imported)
 import torch  # noqa: E402
 from data.tokenize_text import Tokenizer, load_tokenizer  # noqa: E402
+from models.generate import generate  # noqa: E402
+from models.world import choose_device  # noqa: E402
+from records.checkpoint import read_checkpoint  # noqa: E402
+from torch import nn  # noqa: E402
 
-TOKENIZERS = {257: "bytes", 50304: "gpt2"}  # by the vocabulary of the model
+TOKENIZERS = {257: "bytes", 50304: "gpt2"}  # by the size of the vocabulary
 
 
-def load_model(path: Path, device: torch.device) -> tuple[train_gpt.GPT, train_gpt.Config, dict]:
-    """The model of a checkpoint, ready to evaluate, with its settings and all that was saved.
+def load_model(path: Path, device: torch.device) -> tuple[nn.Module, train_gpt.Config, dict]:
+    """Return the model of a checkpoint in eval mode, its settings, and the whole checkpoint.
 
-    Only the settings that shape the model are read; it is not compiled. FileNotFoundError without
-    such a file, ValueError where it is no checkpoint or holds other weights than its settings say.
+    Only settings of the model's shape are used, and nothing is compiled. FileNotFoundError if there
+    is no file; ValueError if it is no checkpoint or its weights do not fit its settings.
     """
-    saved = train_gpt.read_checkpoint(path, train_gpt.Config(), same=())
+    defaults = train_gpt.Config()
+    saved = read_checkpoint(path, {}, train_gpt.asdict(defaults))
     try:
-        shape = {name: saved["config"][name] for name in train_gpt.MODEL}
+        shape = {name: saved["config"][name] for name in defaults.of("model")}
         config = train_gpt.Config(**shape, compile=False)
         model = train_gpt.build_model(config, device)
         model.load_state_dict(saved["model"])
@@ -42,10 +47,10 @@ def load_model(path: Path, device: torch.device) -> tuple[train_gpt.GPT, train_g
 
 
 def tokenizer_of(config: train_gpt.Config) -> tuple[Tokenizer, Callable[[list[int]], str]]:
-    """What turns text into ids, and a function from ids, all below end_of_text, to text.
+    """Return the tokenizer, and a function that decodes ids below end_of_text.
 
-    ValueError for a vocabulary of no known tokenizer, or where tiktoken is not installed;
-    FileNotFoundError where it cannot load its tables.
+    ValueError if no tokenizer has this vocabulary or tiktoken is not installed; FileNotFoundError
+    if tiktoken cannot load its tables.
     """
     if (name := TOKENIZERS.get(config.vocab_size)) is None:
         raise ValueError(f"no tokenizer has {config.vocab_size} tokens, expected {TOKENIZERS}")
@@ -69,31 +74,32 @@ def sample(
     top_k: int,
     seed: int,
 ) -> str:
-    """The prompt and `tokens` more. Temperature 0 takes the likeliest, top_k 0 draws from all."""
+    """Continue the prompt by `tokens` tokens. Temperature 0 is greedy; top_k 0 draws from all."""
     model, config, _ = load_model(path, device)
     tokenizer, decode = tokenizer_of(config)
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    if temperature < 1e-6:  # logits reach 15: their quotient stays far from infinity
+    if temperature < 1e-6:  # logits are at most 15, so smaller divisors could overflow
         temperature, top_k = 1.0, 1
     top_k = min(top_k, tokenizer.end_of_text)
-    return decode(train_gpt.generate(model, ids, tokens, seed, temperature, top_k)[1:])
+    draws = config.row_tokens, seed, temperature, top_k
+    return decode(generate(model, ids, tokens, *draws)[1:])
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="CKPT", type=Path)
-    parser.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
-    parser.add_argument("--tokens", type=int, default=100, help="to draw (default: 100)")
+    parser.add_argument("--prompt", default="", help="the beginning of the text (default: empty)")
+    parser.add_argument("--tokens", type=int, default=100, help="how many to draw (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
-    parser.add_argument("--seed", type=int, default=1, help="of the draws (default: 1)")
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the first here")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the draws (default: 1)")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu (default: first here)")
     args = parser.parse_args(argv)
     if min(args.tokens, args.top_k, args.seed) < 0 or not 0 <= args.temperature < float("inf"):
-        parser.error("--tokens, --temperature, --top-k and --seed are finite and 0 or more")
+        parser.error("--tokens, --temperature, --top-k and --seed must be finite and 0 or more")
     try:
-        how = args.prompt, args.tokens, args.temperature, args.top_k, args.seed
-        print(sample(args.checkpoint, train_gpt.choose_device(args.device), *how))
+        options = args.prompt, args.tokens, args.temperature, args.top_k, args.seed
+        print(sample(args.checkpoint, choose_device(args.device), *options))
     except (FileNotFoundError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2

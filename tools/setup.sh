@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Sourced by run.sh and test.sh, under set -e, at the root: finds or makes a Python that has what
-# they need, and names it in $python. A python3 that has it (a container's, a cluster's, an active
-# environment's) is used as it is; otherwise .venv is. .venv/installed, written last, lists what is
-# complete. Empty, it marks an interrupted installation, to be made anew; without it .venv is yours,
-# and only added to.
+# run.sh and test.sh source this at the root, under set -e. It finds or makes a Python that has
+# their packages, and names it in $python. If python3 has them (in a container, on a cluster, in an
+# active environment) it is used as it is; otherwise .venv is. .venv/installed is written last and
+# lists the complete packages. An empty one marks an interrupted installation, which is made again.
+# A .venv without this file belongs to the user; packages are only added to it.
 
 python=python3
 
 say() { echo "${0##*/}: $*" >&2; }
 
-wanted() {  # [EXTRA...]: requirements.txt and extras of pyproject.toml, one requirement a line
+wanted() {  # [EXTRA...]: print requirements.txt and extras of pyproject.toml, one per line
     python3 - "$@" <<'END'
 import sys, tomllib
 lines = [line.partition("#")[0].strip() for line in open("requirements.txt")]
@@ -20,43 +20,43 @@ print(*dict.fromkeys(filter(None, lines)), sep="\n")
 END
 }
 
-has() {  # LINES: whether python3 fulfils these requirements
+has() {  # LINES: succeed if python3 fulfils these requirements
     python3 - "$1" 2>/dev/null <<'END'
 import importlib.metadata, re, sys
-def numbers(version): return [int(n) for n in re.findall(r"\d+", version.partition("+")[0])]
+def parts(version): return [int(n) for n in re.findall(r"\d+", version.partition("+")[0])]
 for line in sys.argv[1].split():
     name, low, high = re.match(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?$", line).groups("9999")
-    assert numbers(low) <= numbers(importlib.metadata.version(name)) < numbers(high)
+    assert parts(low) <= parts(importlib.metadata.version(name)) < parts(high)
     if name == "torch":
-        import torch  # a broken one is to be replaced now, not found out later
+        import torch  # a broken installation fails here and is replaced
 END
 }
 
-reachable() {  # URL: whether a server answers, whatever it says
+reachable() {  # URL: succeed if a server answers, even with an error
     python3 -c 'import sys, urllib.error, urllib.request
 try: urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"), timeout=3)
 except urllib.error.HTTPError: pass' "$1" 2>/dev/null
 }
 
-finished() {  # LINES: whether .venv works and has them
+finished() {  # LINES: succeed if .venv works and has these requirements
     .venv/bin/python -c 'from importlib import util; assert util.find_spec("torch")' 2>/dev/null &&
         [ -s .venv/installed ] && ! grep -Fxvq -f .venv/installed <<<"$1"
 }
 
-install() {  # LINES: into .venv
+install() {  # LINES: install these requirements into .venv
     local lines=$1 cpu=https://download.pytorch.org/whl/cpu
     if [ ! -e .venv ] || { [ -e .venv/installed ] && [ ! -s .venv/installed ]; }; then
         rm -rf .venv && mkdir .venv && touch .venv/installed
     fi
     [ ! -e .venv/installed ] || : >.venv/installed
     python3 -m venv .venv
-    if has "$(grep ^torch <<<"$lines")"; then  # gigabytes: .venv shares python3's
+    if has "$(grep ^torch <<<"$lines")"; then  # torch is gigabytes: .venv shares python3's
         lines=$(grep -v ^torch <<<"$lines") cpu=
         python3 -c 'import sys
 with open(".venv/lib/python{}.{}/site-packages/outer.pth".format(*sys.version_info), "w") as file:
     print(*(path for path in sys.path if "-packages" in path), sep="\n", file=file)'
     elif nvidia-smi -L >/dev/null 2>&1 || [ "$(uname)" != Linux ] || ! reachable $cpu/torch/; then
-        cpu=  # this index has torch without CUDA, a tenth of the size
+        cpu=  # the index of torch without CUDA, a tenth of the size
     fi
     say "installing into .venv from PyPI${cpu:+ and $cpu}, once: ${lines//$'\n'/ }"
     .venv/bin/python -m pip install -q --disable-pip-version-check \
@@ -65,7 +65,7 @@ with open(".venv/lib/python{}.{}/site-packages/outer.pth".format(*sys.version_in
     say "installed after $SECONDS s"
 }
 
-setup() {  # NAMES [EXTRA...]: $python will have those that begin with NAMES, a regular expression
+setup() {  # NAMES [EXTRA...]: make $python have the packages that match NAMES, a regular expression
     local lines
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         say "Python 3.11 or newer is needed, but python3 is $(python3 --version 2>&1 || true):" \
@@ -75,7 +75,7 @@ setup() {  # NAMES [EXTRA...]: $python will have those that begin with NAMES, a 
     lines=$(wanted "${@:2}")
     [ $python != python3 ] || ! has "$(grep -E "^($1)" <<<"$lines")" || return 0
     python=.venv/bin/python
-    exec 9>>requirements.txt  # a lock: of two that start at once, one installs
+    exec 9>>requirements.txt  # a lock: if two start at once, only one installs
     ! command -v flock >/dev/null || flock 9
     finished "$lines" || install "$lines"
     exec 9>&-

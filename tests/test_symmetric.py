@@ -1,4 +1,4 @@
-"""optimizers/products.py: the Triton kernel, run by its interpreter, against PyTorch."""
+"""optimizers/symmetric.py: the Triton kernel, run by its interpreter, against PyTorch."""
 
 import sys
 from collections.abc import Callable
@@ -9,16 +9,14 @@ import torch
 from conftest import in_fresh_python
 from torch import Tensor
 
-from optimizers import products
+from optimizers import symmetric
 from optimizers.gram import gram_polar
-from optimizers.kernels import kernel_runs
-from optimizers.products import symmetric_by_torch, symmetric_product
+from optimizers.symmetric import symmetric_by_torch, symmetric_matmul, symmetric_obstacle
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARE = """
 import torch
-from optimizers.kernels import symmetric_by_triton
-from optimizers.products import symmetric_by_torch
+from optimizers.symmetric import symmetric_by_torch, symmetric_by_triton
 def compare(k, n, p, dtype=torch.float16):  # the interpreter of Triton 3.6 misreads bfloat16
     X = torch.randn(k, p, n, generator=torch.Generator().manual_seed(n)).to(dtype)
     S = (X.mT @ X) / p
@@ -47,13 +45,14 @@ HOPPER = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from optimizers.kernels import DEPTH, STAGES, TILE, symmetric_kernel
+from optimizers.symmetric import DEPTH, STAGES, TILE, symmetric_kernel
 tile = "tensordesc<fp16[1, {}, {}]>".format
-for turned, given in ((False, ["D"]), (True, []), (False, ["D", "each"])):
+for turned, given in ((False, ["D"]), (True, []), (False, ["D", "coefficients"])):
     A, C = tile(DEPTH, TILE) if turned else tile(TILE, DEPTH), tile(TILE, TILE)
     constants = dict(p=768, A_TURNED=turned, B_TURNED=turned, TILE=TILE, DEPTH=DEPTH)
-    constants |= dict.fromkeys({"D", "each"} - {*given})
-    types = dict(A=A, B=A, D=C, C=C, alpha="fp32", beta="fp32", gamma="fp32", each="*fp32")
+    constants |= dict.fromkeys({"D", "coefficients"} - {*given})
+    types = dict(A=A, B=A, D=C, C=C, alpha="fp32", beta="fp32", gamma="fp32")
+    types |= dict(coefficients="*fp32")
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(symmetric_kernel, types, constants)
     options = dict(num_warps=4, num_stages=STAGES)
@@ -64,7 +63,7 @@ print("compiled")
 """
 
 
-def symmetric(k: int, n: int, seed: int = 0) -> Tensor:
+def symmetric_stack(k: int, n: int, seed: int = 0) -> Tensor:
     X = torch.randn(k, n, n, generator=torch.Generator().manual_seed(seed))
     return X @ X.mT / n
 
@@ -84,7 +83,7 @@ def test_the_kernel_compiles_for_hopper_and_two_programs_fit_on_a_processor() ->
 
 def test_compiled_code_sees_one_operator_for_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the kernel, which inductor translates again and again, nor its parts in PyTorch."""
-    monkeypatch.setattr(products, "kernel_runs", lambda A: True)
+    monkeypatch.setattr(symmetric, "symmetric_obstacle", lambda *_: "")
     X, graphs = torch.zeros(2, 24, 8, dtype=torch.float16), []
 
     def backend(module: torch.fx.GraphModule, _: list) -> Callable:
@@ -94,22 +93,22 @@ def test_compiled_code_sees_one_operator_for_each_product(monkeypatch: pytest.Mo
     torch.compile(gram_polar, backend=backend, fullgraph=True, dynamic=False)(X)
     (graph,) = graphs
     called = [str(node.target) for node in graph.nodes if node.op.startswith("call")]
-    assert called.count("aurora.symmetric_product.default") == 18
+    assert called.count("aurora.symmetric_matmul.default") == 18
     assert sum("matmul" in name for name in called) == 3  # X <- Q X, after every second step
 
 
-def test_a_product_is_the_sum_that_is_documented() -> None:
-    A, D = symmetric(3, 8), symmetric(3, 8, seed=1)
-    found = symmetric_product(A, A, D, alpha=0.5, beta=-2.0, gamma=3.0)
+def test_a_matmul_is_the_sum_that_is_documented() -> None:
+    A, D = symmetric_stack(3, 8), symmetric_stack(3, 8, seed=1)
+    found = symmetric_matmul(A, A, D, alpha=0.5, beta=-2.0, gamma=3.0)
     assert torch.allclose(found, 0.5 * A @ A.mT - 2 * D + 3 * torch.eye(8), atol=1e-5)
-    assert torch.allclose(symmetric_product(A, A), A @ A.mT, atol=1e-5)
+    assert torch.allclose(symmetric_matmul(A, A), A @ A.mT, atol=1e-5)
 
 
 def test_on_the_cpu_and_in_full_precision_pytorch_computes_it() -> None:
     for dtype in (torch.float16, torch.float32, torch.float64):
-        assert not kernel_runs(torch.zeros(1, 4, 4, dtype=dtype))
-    A = symmetric(2, 6)
-    assert torch.equal(symmetric_product(A, A), symmetric_by_torch(A, A, None, 1.0, 0.0, 0.0))
+        assert symmetric_obstacle(torch.device("cpu"), dtype, 4, 4) == "no CUDA device"
+    A = symmetric_stack(2, 6)
+    assert torch.equal(symmetric_matmul(A, A), symmetric_by_torch(A, A, None, 1.0, 0.0, 0.0))
 
 
 def test_without_triton_the_optimizers_work() -> None:

@@ -1,13 +1,13 @@
-"""Kernels of one pass over memory each, in Triton, and their launches; kernels says what they make.
+"""Kernels that make one pass over memory each, in Triton, and the functions that launch them.
 
-Sums over tokens: programs that take a part of the tokens each store what they have of them, and
-sum_kernel adds a thousand of these faster than torch.sum; of the head's 128 it does not.
+They compute what lies between the matmuls of the trunk (trunk.py) and in the loss (head.py), where
+the formulas are. Sums over tokens take two kernels: each program stores the sums of its part, and
+`sum_kernel` adds the rows of all programs, faster than torch.sum does for a thousand rows. For
+the 128 rows of the loss's gradient torch.sum is no slower.
 """
 
 import torch
 from torch import Tensor
-
-from .products import EPS
 
 try:
     import triton
@@ -15,9 +15,10 @@ try:
 except ImportError:  # a CPU build of torch comes without it
     triton = None
 
-CAP = 15.0
-LEAST_GAIN = 2.0**-60  # in place of gains nearer to 0, as gradients divide by them; not in float16
-PROGRAMS = 1056  # that sum over tokens, each its part: 8 for each of an H100's 132 processors
+EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default, also for half precision
+CAP = 15.0  # bounds the logits
+LEAST_GAIN = 2.0**-60  # replaces gains nearer to 0, as gradients divide by them; float32 only
+PROGRAMS = 1056  # of kernels that sum over tokens: 8 for each of an H100's 132 SMs
 
 if triton is not None:
 
@@ -35,18 +36,18 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Program i: ROWS tokens of n = gain v s, v = h + shift, s = 1 / rms(v) in scales."""
+        """Compute n = gain v s and s = 1 / rms(v), v = h + shift; program i takes ROWS tokens."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         columns = tl.arange(0, BLOCK)
-        here = rows[:, None].to(tl.int64) * width + columns[None, :]
+        offsets = rows[:, None].to(tl.int64) * width + columns[None, :]
         inside = (rows < tokens)[:, None] & (columns < width)[None, :]
         g = tl.load(gain + columns, mask=columns < width, other=0.0)
-        v = tl.load(h + here, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(h + offsets, mask=inside, other=0.0).to(tl.float32)
         v += tl.load(shift + columns, mask=columns < width, other=0.0)[None, :]
         s = tl.rsqrt(tl.sum(v * v, axis=1) / width + eps)
         tl.store(scales + rows, s, mask=rows < tokens)
         v *= s[:, None] * tl.where(tl.abs(g) < least, least, g)[None, :]
-        tl.store(n + here, v.to(n.dtype.element_ty), mask=inside)
+        tl.store(n + offsets, v.to(n.dtype.element_ty), mask=inside)
 
     @triton.jit
     def norm_gradient_kernel(
@@ -59,33 +60,36 @@ if triton is not None:
         sums,
         tokens,
         least,
-        turns: tl.constexpr,
+        iterations: tl.constexpr,
         width: tl.constexpr,
         PASSED: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Program p: dx of its part of the tokens; sums[p]: of dgain, then of dx (= dbias)."""
+        """Compute dx, and in sums[p] the sums of dgain and dx over program p's tokens.
+
+        The sum of dx is dbias. PASSED: add dh, which reaches h by another way than n.
+        """
         columns = tl.arange(0, BLOCK)
         g = tl.load(gain + columns, mask=columns < width, other=0.0)[None, :]
         g = tl.where(tl.abs(g) < least, least, g)
-        back = 1.0 / g
+        inverse_gain = 1.0 / g
         dgain = tl.zeros((ROWS, BLOCK), tl.float32)
         dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-        for turn in tl.range(turns, num_stages=3):
-            rows = (turn * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
-            here = rows[:, None].to(tl.int64) * width + columns[None, :]
+        for iteration in tl.range(iterations, num_stages=3):
+            rows = (iteration * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+            offsets = rows[:, None].to(tl.int64) * width + columns[None, :]
             inside = (rows < tokens)[:, None] & (columns < width)[None, :]
             s = tl.load(scales + rows, mask=rows < tokens, other=0.0)[:, None]
-            u = tl.load(n + here, mask=inside, other=0.0).to(tl.float32) * back
-            d = tl.load(dn + here, mask=inside, other=0.0).to(tl.float32)
+            u = tl.load(n + offsets, mask=inside, other=0.0).to(tl.float32) * inverse_gain
+            d = tl.load(dn + offsets, mask=inside, other=0.0).to(tl.float32)
             dgain += d * u
             d *= g
             d = (d - u * (tl.sum(d * u, axis=1) / width)[:, None]) * s
             if PASSED:
-                d += tl.load(dh + here, mask=inside, other=0.0).to(tl.float32)
+                d += tl.load(dh + offsets, mask=inside, other=0.0).to(tl.float32)
             dbias += d
-            tl.store(dx + here, d.to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=inside)
         at = sums + tl.program_id(0) * 2 * width + columns
         tl.store(at, tl.sum(dgain, axis=0), mask=columns < width)
         tl.store(at + width, tl.sum(dbias, axis=0), mask=columns < width)
@@ -106,25 +110,27 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Program i: ROWS tokens of h = gain x / rms(x), x of the table, and of n, the norm of h,
-        s = 1 / rms(h) in scales."""
+        """Compute h = gain x / rms(x) of table rows x, and as `norm_kernel` the norm n of h.
+
+        Program i takes ROWS tokens.
+        """
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         columns = tl.arange(0, BLOCK)
-        each = tl.load(ids + rows, mask=rows < tokens, other=0).to(tl.int64)
-        here = rows[:, None].to(tl.int64) * width + columns[None, :]
+        word = tl.load(ids + rows, mask=rows < tokens, other=0).to(tl.int64)
+        offsets = rows[:, None].to(tl.int64) * width + columns[None, :]
         inside = (rows < tokens)[:, None] & (columns < width)[None, :]
         f = tl.load(gain + columns, mask=columns < width, other=0.0)
         g = tl.load(next_gain + columns, mask=columns < width, other=0.0)
-        there = each[:, None] * width + columns[None, :]
-        x = tl.load(table + there, mask=inside, other=0.0).to(tl.float32)
+        table_offsets = word[:, None] * width + columns[None, :]
+        x = tl.load(table + table_offsets, mask=inside, other=0.0).to(tl.float32)
         x *= tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)[:, None] * f[None, :]
         v = x.to(h.dtype.element_ty)
-        tl.store(h + here, v, mask=inside)
+        tl.store(h + offsets, v, mask=inside)
         v = v.to(tl.float32)
         s = tl.rsqrt(tl.sum(v * v, axis=1) / width + eps)
         tl.store(scales + rows, s, mask=rows < tokens)
         v *= s[:, None] * tl.where(tl.abs(g) < least, least, g)[None, :]
-        tl.store(n + here, v.to(n.dtype.element_ty), mask=inside)
+        tl.store(n + offsets, v.to(n.dtype.element_ty), mask=inside)
 
     @triton.jit
     def embed_gradient_kernel(
@@ -142,39 +148,41 @@ if triton is not None:
         tokens,
         eps,
         least,
-        turns: tl.constexpr,
+        iterations: tl.constexpr,
         width: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Program p: its part of the tokens, sorted by id: adds the sum of a word's rows to dtable,
-        in an order that varies where programs share a word; sums[p]: of dgain, then of next_dgain.
-        order: where the sorted tokens were."""
+        """Add each word's gradient to dtable; program p takes a part of the tokens, sorted by id.
+
+        Programs that share a word add to it in any order. sums[p]: dgain, then next_dgain. order:
+        indices of the sorted tokens.
+        """
         columns = tl.arange(0, BLOCK)
         f = tl.load(gain + columns, mask=columns < width, other=0.0)
         g = tl.load(next_gain + columns, mask=columns < width, other=0.0)
         g = tl.where(tl.abs(g) < least, least, g)
-        back = 1.0 / g
+        inverse_gain = 1.0 / g
         dgain, next_dgain = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
-        for turn in tl.range(turns, num_stages=3):
-            at = tl.program_id(0) * turns + turn
+        for iteration in tl.range(iterations, num_stages=3):
+            at = tl.program_id(0) * iterations + iteration
             row = tl.load(order + at, mask=at < tokens, other=0).to(tl.int64)
             word = tl.load(ids + at, mask=at < tokens, other=0).to(tl.int64)
             next_word = tl.load(ids + at + 1, mask=at + 1 < tokens, other=-1)
-            here, inside = row * width + columns, (at < tokens) & (columns < width)
-            u = tl.load(n + here, mask=inside, other=0.0).to(tl.float32) * back
-            d = tl.load(dn + here, mask=inside, other=0.0).to(tl.float32)
+            offsets, inside = row * width + columns, (at < tokens) & (columns < width)
+            u = tl.load(n + offsets, mask=inside, other=0.0).to(tl.float32) * inverse_gain
+            d = tl.load(dn + offsets, mask=inside, other=0.0).to(tl.float32)
             next_dgain += d * u
             d *= g
             d = (d - u * (tl.sum(d * u, axis=0) / width)) * tl.load(scales + row)
-            d += tl.load(dh + here, mask=inside, other=0.0).to(tl.float32)
+            d += tl.load(dh + offsets, mask=inside, other=0.0).to(tl.float32)
             x = tl.load(table + word * width + columns, mask=inside, other=0.0).to(tl.float32)
             s = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
             x *= s
             dgain += d * x
             d *= f
             total += (d - x * (tl.sum(d * x, axis=0) / width)) * s
-            last = (turn == turns - 1) | (next_word != word)
+            last = (iteration == iterations - 1) | (next_word != word)
             to = dtable + word * width + columns
             tl.atomic_add(to, total, mask=inside & last, sem="relaxed")
             total = tl.where(last, 0.0, total)
@@ -194,53 +202,53 @@ if triton is not None:
         sums,
         tokens,
         row_tokens,
-        turns: tl.constexpr,
+        iterations: tl.constexpr,
         HEADS: tl.constexpr,
         HALF: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Program p: its part of the tokens of dqk; sums[p] of them, (2, HEADS, 2 HALF). Programs
-        are a multiple of row_tokens: all tokens of one have the same place in their rows, so the
-        same angles.
+        """Compute dqk, the gradient before rotation and norm, and its sums (2, HEADS, 2 HALF).
 
-        y = rotated u, u = s x: dx = s R^T (dy - y mean(dy y)), as rotations keep products.
+        The number of programs is a multiple of row_tokens, so all tokens of a program have the
+        same place in their rows and the same angles. With u = s x and y = R u:
+        dx = s R^T (dy - y mean(dy y)), as rotations keep inner products.
         """
         head, c = tl.arange(0, BLOCK), tl.arange(0, HALF)
-        each, real = head[:, None] * 2 * HALF + c[None, :], head < HEADS
+        columns, is_head = head[:, None] * 2 * HALF + c[None, :], head < HEADS
         table = tl.program_id(0) % row_tokens * HALF + c
-        across, up = tl.load(cos + table)[None, :], tl.load(sin + table)[None, :]
+        cosine, sine = tl.load(cos + table)[None, :], tl.load(sin + table)[None, :]
         width = 2 * HEADS * HALF
         for part in tl.static_range(2):
             first, second = tl.zeros((BLOCK, HALF), tl.float32), tl.zeros((BLOCK, HALF), tl.float32)
-            for turn in tl.range(turns, num_stages=3):
-                row = (turn * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-                here = row < tokens
-                inside = (real & here)[:, None]
-                given = (dk if part else dq) + row * width + each
-                a = tl.load(given, mask=inside, other=0.0).to(tl.float32)
-                b = tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32)
-                turned = qkv + row * (3 * width) + part * width + each
-                y = tl.load(turned, mask=inside, other=0.0).to(tl.float32)
-                z = tl.load(turned + HALF, mask=inside, other=0.0).to(tl.float32)
+            for iteration in tl.range(iterations, num_stages=3):
+                row = (iteration * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+                is_token = row < tokens
+                inside = (is_head & is_token)[:, None]
+                gradient = (dk if part else dq) + row * width + columns
+                a = tl.load(gradient, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(gradient + HALF, mask=inside, other=0.0).to(tl.float32)
+                rotated = qkv + row * (3 * width) + part * width + columns
+                y = tl.load(rotated, mask=inside, other=0.0).to(tl.float32)
+                z = tl.load(rotated + HALF, mask=inside, other=0.0).to(tl.float32)
                 mean = (tl.sum(a * y + b * z, axis=1) / (2 * HALF))[:, None]
-                of_head = scales + row * 2 * HEADS + part * HEADS + head
-                s = tl.load(of_head, mask=real & here, other=0.0)[:, None]
+                scale_at = scales + row * 2 * HEADS + part * HEADS + head
+                s = tl.load(scale_at, mask=is_head & is_token, other=0.0)[:, None]
                 a, b = (a - y * mean) * s, (b - z * mean) * s
-                a, b = a * across - b * up, a * up + b * across
+                a, b = a * cosine - b * sine, a * sine + b * cosine
                 first += a
                 second += b
-                to = dqk + row * (2 * width) + part * width + each
+                to = dqk + row * (2 * width) + part * width + columns
                 tl.store(to, a.to(dqk.dtype.element_ty), mask=inside)
                 tl.store(to + HALF, b.to(dqk.dtype.element_ty), mask=inside)
-            at = sums + tl.program_id(0) * 2 * width + part * width + each
-            tl.store(at, first, mask=real[:, None])
-            tl.store(at + HALF, second, mask=real[:, None])
+            at = sums + tl.program_id(0) * 2 * width + part * width + columns
+            tl.store(at, first, mask=is_head[:, None])
+            tl.store(at + HALF, second, mask=is_head[:, None])
 
     @triton.jit
     def capped_loss_kernel(
         Z, targets, losses, log_sums, cap, bend, n: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """Program i: the loss of row i of Z (rows, n), dense, and log sum exp(f). bend: cap^-2."""
+        """Compute loss and log sum exp(f) of row i of Z (rows, n), dense. bend = cap^-2."""
         row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         at, sums = Z + row * n, tl.zeros((BLOCK,), tl.float32)
         for start in range(0, n, BLOCK):
@@ -254,7 +262,7 @@ if triton is not None:
         tl.store(log_sums + row, log_sum)
 
     @triton.jit
-    def gathered_loss_kernel(
+    def loss_from_sums_kernel(
         Z,
         targets,
         sums,
@@ -268,15 +276,14 @@ if triton is not None:
         ROWS: tl.constexpr,
         PARTS: tl.constexpr,
     ):
-        """Program i: what capped_loss_kernel gives, of ROWS rows, from sums (parts, rows) of
-        exp(f - cap)."""
+        """Compute what `capped_loss_kernel` does from sums (parts, rows) of exp(f - cap)."""
         row, total = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.zeros((ROWS,), tl.float32)
         inside = row < rows
         for start in range(0, parts, PARTS):
             part = start + tl.arange(0, PARTS)
             here = (part < parts)[:, None] & inside[None, :]
-            each = tl.load(sums + part[:, None] * rows + row[None, :], mask=here, other=0.0)
-            total += tl.sum(each, axis=0)
+            partial = tl.load(sums + part[:, None] * rows + row[None, :], mask=here, other=0.0)
+            total += tl.sum(partial, axis=0)
         log_sum = cap + tl.log(total)
         target = tl.load(targets + row, mask=inside, other=0)
         hit = tl.load(Z + row.to(tl.int64) * n + target, mask=inside, other=0.0).to(tl.float32)
@@ -296,11 +303,14 @@ if triton is not None:
         PART: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Program (j, p): columns j of PART rows of Z become dz; sums[p] of them over the rows."""
+        """Overwrite Z with dz; program (j, p) takes block j of the columns of PART rows.
+
+        sums[p] gets dz summed over these rows.
+        """
         columns, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
         inside, total = columns < n, tl.zeros((BLOCK,), tl.float32)
-        for each in range(PART):
-            row = (part * PART + each).to(tl.int64)
+        for i in range(PART):
+            row = (part * PART + i).to(tl.int64)
             at, here = Z + row * n + columns, columns < tl.where(row < rows, n, 0)
             z = tl.load(at, mask=here, other=0.0).to(tl.float32)
             s = tl.rsqrt(z * z * bend + 1.0)
@@ -313,7 +323,7 @@ if triton is not None:
 
     @triton.jit
     def multiply_kernel(x, factor, count, BLOCK: tl.constexpr):
-        """Program i: block i of x *= factor. By 1, as a loss's own gradient is, x is not read."""
+        """Multiply block i of x by factor. If it is 1, as for a loss itself, x is not read."""
         f = tl.load(factor)
         if f != 1.0:
             at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -322,7 +332,7 @@ if triton is not None:
 
     @triton.jit
     def sum_kernel(x, total, n, rows: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """Program i: block i of the sums of x (rows, n) over its rows."""
+        """Sum block i of the columns of x (rows, n) over its rows."""
         columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         sums = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in tl.static_range(0, rows, ROWS):
@@ -332,12 +342,26 @@ if triton is not None:
         tl.store(total + columns, tl.sum(sums, axis=0), mask=columns < n)
 
 
+def triton_obstacle(x: Tensor) -> str:
+    """Return why the Triton kernels cannot take a tensor like x, or '' if they can."""
+    if torch.version.hip is not None:
+        return "ROCm"
+    if not x.is_cuda:
+        return f"device {x.device.type}"
+    if triton is None:
+        return "Triton missing"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {str(x.dtype).removeprefix('torch.')}, needs bfloat16 or float16"
+    return ""
+
+
 def power_of_two(width: int) -> int:
+    """Return the least power of two that is not below width."""
     return 1 << (width - 1).bit_length()
 
 
 def sum_by_triton(x: Tensor) -> Tensor:
-    """Over the first dimension of x, dense and in float32."""
+    """Return the sums over the first dimension of x, dense and in float32."""
     total, block = torch.empty_like(x[0]), 16
     sum_kernel[(triton.cdiv(total.numel(), block),)](
         x, total, total.numel(), rows=len(x), ROWS=128, BLOCK=block, num_warps=4
@@ -346,6 +370,7 @@ def sum_by_triton(x: Tensor) -> Tensor:
 
 
 def norm_by_triton(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return n = gain v / rms(v) for v = h + shift (tokens, width), and 1 / rms(v) (tokens)."""
     (tokens, width), rows, n = h.shape, 2, torch.empty_like(h)
     scales = torch.empty(tokens, dtype=torch.float32, device=h.device)
     norm_kernel[(triton.cdiv(tokens, rows),)](
@@ -368,6 +393,10 @@ def norm_by_triton(h: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tens
 def norm_gradient_by_triton(
     dh: Tensor | None, dn: Tensor, n: Tensor, gain: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of h, gain and the last bias in shift.
+
+    dh: the gradient that reaches h by another way than n, or None.
+    """
     (tokens, width), rows, dx = n.shape, 1, torch.empty_like(n)
     sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=n.device)
     norm_gradient_kernel[(PROGRAMS,)](
@@ -380,7 +409,7 @@ def norm_gradient_by_triton(
         sums,
         tokens,
         LEAST_GAIN,
-        turns=triton.cdiv(tokens, PROGRAMS * rows),
+        iterations=triton.cdiv(tokens, PROGRAMS * rows),
         width=width,
         PASSED=dh is not None,
         ROWS=rows,
@@ -393,6 +422,7 @@ def norm_gradient_by_triton(
 def embed_by_triton(
     ids: Tensor, table: Tensor, gain: Tensor, next_gain: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return h = gain x / rms(x) for x = table[ids], its norm n, and 1 / rms(h)."""
     tokens, width, rows = len(ids), table.size(1), 2
     h, n = table.new_empty(tokens, width), table.new_empty(tokens, width)  # no views of one
     scales = torch.empty(tokens, dtype=torch.float32, device=table.device)
@@ -425,6 +455,7 @@ def embed_gradient_by_triton(
     next_gain: Tensor,
     scales: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of table, gain and next_gain from those of h and n."""
     (tokens, width), (ids, order) = n.shape, ids.int().sort()
     dtable = torch.zeros_like(table, dtype=torch.float32)
     sums = torch.empty(PROGRAMS, 2, width, dtype=torch.float32, device=n.device)
@@ -443,7 +474,7 @@ def embed_gradient_by_triton(
         tokens,
         EPS,
         LEAST_GAIN,
-        turns=triton.cdiv(tokens, PROGRAMS),
+        iterations=triton.cdiv(tokens, PROGRAMS),
         width=width,
         BLOCK=power_of_two(width),
         num_warps=max(1, power_of_two(width) // 1024),
@@ -454,6 +485,11 @@ def embed_gradient_by_triton(
 def rotary_gradient_by_triton(
     dq: Tensor, dk: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients (tokens, 2, heads, head_dim) of q and k before norm and rotation.
+
+    Their sum over tokens comes second. q and k in qkv are those of the forward pass, scales
+    (tokens, 2, heads) their 1 / rms.
+    """
     (tokens, _, heads, head_dim), row_tokens = qkv.shape, len(cos)
     programs = max(1, PROGRAMS // row_tokens) * row_tokens
     dqk = qkv.new_empty(tokens, 2, heads, head_dim)
@@ -469,7 +505,7 @@ def rotary_gradient_by_triton(
         sums,
         tokens,
         row_tokens,
-        turns=triton.cdiv(tokens, programs),
+        iterations=triton.cdiv(tokens, programs),
         HEADS=heads,
         HALF=head_dim // 2,
         BLOCK=power_of_two(heads),
@@ -479,6 +515,7 @@ def rotary_gradient_by_triton(
 
 
 def capped_loss_by_triton(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loss and log sum exp(f) of each row of z (rows, n), f = z / sqrt(z^2 / CAP^2 + 1)."""
     losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
     capped_loss_kernel[(len(z),)](
         z, targets, losses, log_sums, CAP, CAP**-2, n=z.size(1), BLOCK=2048, num_warps=4
@@ -486,10 +523,10 @@ def capped_loss_by_triton(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses, log_sums
 
 
-def gathered_loss(z: Tensor, targets: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """capped_loss of z (rows, n) from sums (parts, rows) of exp(f - CAP), on a GPU."""
+def loss_from_sums_by_triton(z: Tensor, targets: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `capped_loss_by_triton` does, from sums (parts, rows) of exp(f - CAP)."""
     losses, log_sums = torch.empty(2, len(z), dtype=torch.float32, device=z.device)
-    gathered_loss_kernel[(triton.cdiv(len(z), 32),)](
+    loss_from_sums_kernel[(triton.cdiv(len(z), 32),)](
         z,
         targets,
         sums,
@@ -508,6 +545,7 @@ def gathered_loss(z: Tensor, targets: Tensor, sums: Tensor) -> tuple[Tensor, Ten
 
 
 def capped_gradient_by_triton(z: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
+    """Overwrite z with its gradient, and return that gradient's sum over rows."""
     (rows, n), part, block = z.shape, 128, 512
     sums = torch.empty(triton.cdiv(rows, part), n, dtype=torch.float32, device=z.device)
     capped_gradient_kernel[(triton.cdiv(n, block), len(sums))](
@@ -517,7 +555,7 @@ def capped_gradient_by_triton(z: Tensor, targets: Tensor, log_sums: Tensor) -> T
 
 
 def multiply_by_triton(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, in its place; x dense, factor ()."""
+    """Multiply x, dense, by factor () in place."""
     count, block = x.numel(), 8192
     multiply_kernel[(triton.cdiv(count, block),)](x, factor, count, BLOCK=block, num_warps=4)
     torch.autograd.graph.increment_version(x)

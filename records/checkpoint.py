@@ -1,0 +1,60 @@
+"""Checkpoints: everything that a run of any number of ranks needs to go on.
+
+A file appears only when it is whole. Torch and the standard library only, as every log holds this
+file.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+
+def shard_sizes(shards: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {name: len(tokens) for name, tokens in shards.items()}
+
+
+def write_checkpoint(
+    path: Path, config: dict, weights: dict, shards: dict[str, torch.Tensor], **facts: object
+) -> None:
+    """Save settings, weights, the sizes of the shards and facts; `path` is replaced in one step."""
+    weights = {name: w.clone() for name, w in weights.items()}  # a view would save all its storage
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save(dict(config=config, model=weights, shards=shard_sizes(shards), **facts), part)
+    part.replace(path)
+
+
+def read_checkpoint(path: Path, same: dict, defaults: dict, **given: object) -> dict:
+    """Return a checkpoint whose settings have the values in `same`, and whose facts are `given`.
+
+    `defaults` are the values of settings that older checkpoints lack. Raises FileNotFoundError or
+    ValueError with one sentence.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}: write one with --checkpoint")
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        then = saved["config"] = defaults | saved["config"]
+    except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is no whole checkpoint of this trainer: name another") from None
+    pairs = [(name, then[name], same[name]) for name in same]
+    for name, found, expected in pairs + [(key, saved.get(key), given[key]) for key in given]:
+        if found != expected:
+            raise ValueError(f"{path} was made with {name} {found}, now it is {expected}")
+    return saved
+
+
+def read_trials(
+    paths: dict[int, tuple[Path, Path | None]],
+    same: dict,
+    defaults: dict,
+    shards: dict[str, torch.Tensor],
+) -> dict[int, dict]:
+    """Return the checkpoints from which trials go on, by seed; paths are check_outputs'."""
+    sizes = shard_sizes(shards)
+    return {
+        seed: read_checkpoint(path, same, defaults, seed=seed, shards=sizes)
+        for seed, (_, path) in paths.items()
+        if path and path.is_file()
+    }
