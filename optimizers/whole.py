@@ -56,7 +56,6 @@ class ModelOptimizer:
         types = dict(dtype=dtype) if "dtype" in matrix.defaults else {}
         matrices = [g for g in groups if "neuron_axis" in g]
         self.matrix = matrix(matrices, compile=compile, **types)
-        self.groups = self.adamw.param_groups + self.matrix.param_groups
         self.params = [p for group in self.groups for p in group["params"]]
         self.matrix.reduce_also([p for g in self.adamw.param_groups for p in g["params"]])
         self.nonfinite = torch.zeros(len(self.params), device=self.params[0].device)
@@ -168,6 +167,11 @@ class ModelOptimizer:
         """Return the hyperparameters in use, from the groups and not from the plan."""
         owners = [(type(o).__name__.lower(), g) for o in self._optimizers for g in o.param_groups]
         return [{"optimizer": o} | {k: g[k] for k in g if "param" not in k} for o, g in owners]
+
+    @property
+    def groups(self) -> list[dict]:
+        """Return all parameter groups. AdamW has new ones after it loaded a state."""
+        return self.adamw.param_groups + self.matrix.param_groups
 
     @property
     def _optimizers(self) -> list[torch.optim.Optimizer]:

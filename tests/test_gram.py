@@ -114,12 +114,13 @@ def test_a_low_rank_matrix_stays_finite_and_below_one(rank: int) -> None:
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_aurora_is_as_even_as_with_twelve_quintic_steps(spectrum: str) -> None:
+    """At 1/i the quotient is 1.003 to 1.0053, as a BLAS rounds; jordan5 has 1.024 there."""
     rows = torch.randn(256, 1, generator=torch.Generator().manual_seed(0)).exp()
     X = (matrix(256, 64, spectrum) * rows)[None]
 
     found = cv(balanced_polar(X, method="gram6", dtype=torch.float16))
     reference = cv(balanced_polar(X))
-    assert found < 1.005 * reference
+    assert found < 1.01 * reference
 
 
 def uneven(m: int, n: int, spectrum: str) -> Tensor:
@@ -148,7 +149,10 @@ def test_leverage4_gives_the_row_norms_of_the_factor(spectrum: str, dtype: torch
 def test_coarse_rounds_leave_aurora_as_exact_as_twelve_quintic_steps(
     spectrum: str, rounds: int
 ) -> None:
-    """On a flat spectrum both last factors are 0.5% off in half precision, whatever came before."""
+    """On a flat spectrum both last factors are 0.5% off in half precision, whatever came before.
+
+    At 800 cv is 0.2% to 0.5% off, as a BLAS rounds; steps that are too coarse cost 2%, see above.
+    """
     X = uneven(768, 192, spectrum)[None]
     exact = balanced_polar(X, rounds, method="exact", dtype=torch.float64)
     found = balanced_polar(X.float(), rounds, method="gram6", dtype=torch.float16)
@@ -157,7 +161,7 @@ def test_coarse_rounds_leave_aurora_as_exact_as_twelve_quintic_steps(
     assert error < max(0.007, allowed)
     assert cv(found) < 1.005 * cv(reference)
     if rounds == 2:
-        assert cv(found) == pytest.approx(cv(exact), rel=0.005)
+        assert cv(found) == pytest.approx(cv(exact), rel=0.01)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,7 +1,6 @@
-"""optimizers/replay.py and gather.py on the CPU, with a stand-in for CUDA's graphs.
+"""optimizers/replay.py and the slot's staging of gradients on the CPU, with a stand-in for graphs.
 
-A graph calls what was recorded, and gradients are copied: the kernel that reads them where they
-are is in tests/test_gather.py.
+A stand-in calls what was recorded, on the tensors that it was recorded with.
 """
 
 import gc
@@ -15,11 +14,8 @@ import torch
 from conftest import on_ranks
 from torch import Tensor
 
-import optimizers.slot as slot
-from optimizers import OPTIMIZERS, Muon
-from optimizers.gather import Sources, readable
+from optimizers import OPTIMIZERS, MatrixOptimizer, Muon, slot
 from optimizers.replay import Numbers, Replay
-from optimizers.slot import MatrixOptimizer
 
 CPU = torch.device("cpu")
 every = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -53,8 +49,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
             if not recording:
                 maths(*inputs)
                 return
-            weights, source, state, group, kind = inputs
-            recording[-1].call = lambda: maths(weights, source, dict(state), dict(group), kind)
+            weights, grads, state, group = inputs
+            recording[-1].call = lambda: maths(weights, grads, dict(state), dict(group))
 
         real(self, watched)
 
@@ -71,7 +67,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(MatrixOptimizer, "_graphs", lambda self, bucket: self.compiled)
+    monkeypatch.setattr(MatrixOptimizer, "_records", lambda self, bucket: self.compiled)
     monkeypatch.setattr(torch, "compile", lambda f, **how: f)
 
 
@@ -112,54 +108,23 @@ def test_numbers_follow_their_parameters_to_another_device() -> None:
     assert numbers.of(dict(lr=0.5), ["lr"], CPU)["lr"].item() == 0.5
 
 
-# ---- where gradients are found -------------------------------------------------------------------
-
-
-def test_copies_of_gradients_stand_at_one_address_and_in_the_wide_type() -> None:
-    sources, weights = Sources(), torch.zeros(3, 4, 5).bfloat16()
-    found = []
-    for step in range(3):
-        grads = [tensor(4, 5, seed=10 * step + i).bfloat16() for i in range(3)]
-        stack, kind = sources.of(grads, weights)
-        assert kind is None and torch.equal(stack, torch.stack(grads).float())
-        assert stack.dtype == torch.float32
-        found.append(stack.data_ptr())
-    assert len(set(found)) == 1
-    fewer, _ = sources.of([tensor(4, 5)] * 2, weights[:2])
-    assert torch.equal(fewer, tensor(4, 5).expand(2, 4, 5))
-
-
-def test_a_gradient_is_copied_only_where_a_kernel_could_not_read_it() -> None:
-    """Row after row, from a multiple of 16 bytes on."""
-    whole = tensor(8, 8)
-    for grad in (whole, whole[4:], whole[:, :4].contiguous()):
-        assert readable(grad) is grad
-    for grad in (whole.T, whole[:, :4], whole.flatten()[1:33].view(4, 8), whole[:1].expand(4, 8)):
-        copy = readable(grad)
-        assert copy is not grad and torch.equal(copy, grad)
-        assert copy.is_contiguous() and copy.data_ptr() % 16 == 0
-
-
 # ---- replay ------------------------------------------------------------------------------------
 
 
-def descend(weights: Tensor, grads: Tensor, state: dict, group: dict, kind: None) -> None:
-    assert kind is None, "a stack of copies"
+def descend(weights: Tensor, grads: Tensor, state: dict, group: dict) -> None:
     state["sum"] += grads
     weights -= group["lr"] * state["sum"] * group.get("times", 1)
 
 
 def test_a_step_is_recorded_once_and_then_replayed_with_new_values(graphs: type[Graph]) -> None:
-    """Gradients are elsewhere in each step."""
-    weights, state, kept = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), []
+    weights, grads, state = (torch.zeros(2, 3, 4) for _ in range(3))
     replay, lr, expected = Replay(descend), torch.tensor(0.0), torch.zeros(2, 3, 4)
     for step in range(5):
-        grads = [tensor(3, 4, seed=10 * step + i) for i in range(2)]
-        kept.append(grads)
+        grads.copy_(tensor(2, 3, 4, seed=step))
         lr.fill_(1 / (step + 1))
         before = state.clone()
         replay(weights, grads, {"sum": state}, {"lr": lr, "times": 1})
-        assert torch.equal(state, before + torch.stack(grads))
+        assert torch.equal(state, before + tensor(2, 3, 4, seed=step))
         expected -= lr * state
     assert (len(graphs.recorded), graphs.replays) == (1, 4)
     assert torch.equal(weights, expected) and weights.any()
@@ -176,6 +141,7 @@ def test_what_moved_or_changed_is_recorded_anew(graphs: type[Graph]) -> None:
     replay(**inputs)
     changes = [
         dict(weights=torch.zeros(1, 3, 4)),
+        dict(grads=torch.full((1, 3, 4), 2.0)),
         dict(state={"sum": torch.zeros(1, 3, 4)}),
         dict(group={"lr": torch.tensor(0.5), "times": 1}),
         dict(group={"lr": inputs["group"]["lr"], "times": 2}),
@@ -183,24 +149,27 @@ def test_what_moved_or_changed_is_recorded_anew(graphs: type[Graph]) -> None:
     for count, change in enumerate(changes, 2):
         inputs |= change
         for _ in range(2):
-            before = inputs["weights"].clone()
+            before, summed = inputs["weights"].clone(), inputs["state"]["sum"] + inputs["grads"]
             replay(**inputs)
             moved = before - inputs["weights"]
-            assert torch.equal(moved, inputs["state"]["sum"] * 0.5 * inputs["group"]["times"])
+            assert torch.equal(inputs["state"]["sum"], summed)
+            assert torch.equal(moved, summed * 0.5 * inputs["group"]["times"])
         assert (len(graphs.recorded), graphs.replays) == (count, count - 1)
 
 
-def test_gradients_of_another_type_are_recorded_anew(
-    graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the same addresses: a recorded kernel would read them as what they were before."""
-    table, seen = torch.zeros(1, dtype=torch.int64), []
-    monkeypatch.setattr(Sources, "of", lambda self, grads, weights: (table, grads[0].dtype))
-    replay, weights = Replay(lambda *inputs: seen.append(inputs[-1])), torch.zeros(1, 3, 4)
-    types = [torch.float32] * 2 + [torch.bfloat16] * 2
-    for dtype in types:
-        replay(weights, [tensor(3, 4).to(dtype)], {}, {})
-    assert seen == types and (len(graphs.recorded), graphs.replays) == (2, 2)
+def test_gradients_of_another_type_or_shape_are_recorded_anew(graphs: type[Graph]) -> None:
+    """At one address, as in a buffer that many parts share: a graph would take them for what was
+    there when it was recorded."""
+    seen: list[tuple] = []
+    replay = Replay(lambda weights, grads, *_: seen.append((grads.shape, grads.dtype)))
+    room, weights = torch.zeros(24), torch.zeros(1, 3, 4)
+    views = [room[:12].view(1, 3, 4), room.view(2, 3, 4), room.view(torch.bfloat16)[:12]]
+    assert len({view.data_ptr() for view in views}) == 1
+    for view in views:
+        for _ in range(2):
+            replay(weights, view, {}, {})
+    assert seen == [(view.shape, view.dtype) for view in views for _ in range(2)]
+    assert (len(graphs.recorded), graphs.replays) == (3, 3)
 
 
 def test_a_recording_that_failed_is_not_replayed(
@@ -228,8 +197,8 @@ def test_a_recording_that_failed_is_not_replayed(
 SHAPES = [(12, 4)] * 5 + [(4, 12)] * 3 + [(6, 6)] * 2
 
 
-def built(name: str, **how: object) -> MatrixOptimizer:
-    params = [torch.nn.Parameter(tensor(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
+def built(name: str, dtype: torch.dtype = torch.float32, **how: object) -> MatrixOptimizer:
+    params = [torch.nn.Parameter(tensor(*s, seed=i).to(dtype)) for i, s in enumerate(SHAPES)]
     precise = dict(dtype=torch.float32) if "dtype" in OPTIMIZERS[name].defaults else {}
     return OPTIMIZERS[name](params, **precise, **how)
 
@@ -255,10 +224,9 @@ def agree(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def addresses(opt: MatrixOptimizer) -> list[int]:
-    """Of weights, state, and what graphs find gradients by."""
+    """Of weights, state and staged gradients."""
     held = [t for b in opt._buckets for t in (b.weights, *b.state.values())]
-    read = [replay.sources.tensor for b in opt._buckets for replay in b.replays.values()]
-    return [t.data_ptr() for t in held + read]
+    return [t.data_ptr() for t in (*held, *opt._staging.values())]
 
 
 @every
@@ -319,8 +287,9 @@ def test_a_group_that_is_added_deals_anew_and_is_stepped(graphs: type[Graph]) ->
     more = torch.nn.Parameter(tensor(40, 40))
     opt.add_param_group(dict(params=[more]))
     more.grad, before = tensor(40, 40, seed=1), more.detach().clone()
+    assert not opt._staging, "it may be too small"
     steps(opt, 0, 2)
-    assert not torch.equal(more, before) and len(graphs.recorded) == 3 + 1
+    assert not torch.equal(more, before) and len(graphs.recorded) == 3 + 4  # all read the new room
 
 
 def test_weights_that_were_moved_are_recorded_anew(graphs: type[Graph]) -> None:
@@ -335,7 +304,87 @@ def test_weights_that_were_moved_are_recorded_anew(graphs: type[Graph]) -> None:
 def test_without_graphs_nothing_is_copied_to_a_fixed_place() -> None:
     opt = built("muon")
     steps(opt, 0, 1)
-    assert not any(b.replays for b in opt._buckets)
+    assert not opt._staging and not any(b.replays for b in opt._buckets)
+
+
+def test_the_staging_buffer_holds_the_largest_part_and_all_parts_share_it(
+    graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of all gradients would be 340 MB of the 124M model."""
+    monkeypatch.setattr(slot, "PART_BYTES", 2 * 48 * 4)
+    monkeypatch.setattr(slot, "PARTS", 100)
+    opt = built("muon", compile=True)
+    steps(opt, 0, 1)
+    ((place, buffer),) = opt._staging.items()
+    assert place == (torch.float32, CPU) and buffer.shape == (2 * 48,)
+    read = {replay.known[1] for b in opt._buckets for replay in b.replays.values()}
+    assert {address for address, _, _ in read} == {buffer.data_ptr()}
+    assert {shape for _, shape, _ in read} == {(1, 12, 4), (2, 12, 4), (1, 4, 12), (2, 4, 12)} | {
+        (2, 6, 6)
+    }
+
+
+def scattered(opt: MatrixOptimizer, step: int) -> list[Tensor]:
+    """Sets gradients that are elsewhere in each step; of some, columns are neighbours in memory,
+    others lie in a larger tensor."""
+    for i, p in enumerate(opt._parameters()):
+        grad = tensor(*p.shape, seed=100 * step + i).to(p.dtype)
+        if (step + i) % 3 == 1:
+            grad = grad.T.contiguous().T
+        elif (step + i) % 3 == 2:
+            grad = torch.cat([grad, grad], dim=1)[:, : p.size(1)]
+        assert grad.is_contiguous() == ((step + i) % 3 == 0)
+        p.grad = grad
+    return [p.grad for p in opt._parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_replayed_steps_read_gradients_wherever_they_are(
+    name: str, dtype: torch.dtype, graphs: type[Graph]
+) -> None:
+    """New tensors in each step, of any layout and type; one graph a part, which is never redone.
+
+    They are staged in float32 or better, and a gradient that changed in place is read again.
+    """
+    plain, opt = (built(name, dtype, compile=flag) for flag in (False, True))
+    kept, where = [], set()
+    for step in range(4):
+        for one in (plain, opt):
+            grads = scattered(one, step)
+            copies = [grad.clone() for grad in grads]
+            one.step()
+            assert all(torch.equal(a, b) for a, b in zip(grads, copies, strict=True))
+            kept += grads  # so that the next are elsewhere
+        where.add(tuple(grad.data_ptr() for grad in grads))
+        assert agree(opt._parameters(), plain._parameters()), step
+    assert len(where) == 4 and (len(graphs.recorded), graphs.replays) == (3, 9)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert opt._staging.keys() == {(wide, CPU)}
+    for one in (plain, opt):
+        for p in one._parameters():
+            p.grad.mul_(-2)
+        one.step()
+    assert agree(opt._parameters(), plain._parameters()) and graphs.replays == 12
+
+
+def test_parameters_of_mixed_types_are_staged_by_the_type_of_their_step(
+    graphs: type[Graph],
+) -> None:
+    """bfloat16 and float32 matrices share float32 room, float64 has its own."""
+    types = [torch.float32, torch.bfloat16, torch.float64, torch.bfloat16]
+    ends = []
+    for compile in (False, True):
+        params = [torch.nn.Parameter(tensor(6, 4, seed=i).to(t)) for i, t in enumerate(types)]
+        opt = Muon(params, lr=0.1, dtype=torch.float32, compile=compile)
+        for step in range(3):
+            scattered(opt, step)
+            opt.step()
+        ends.append([p.detach() for p in params])
+    assert agree(ends[1], ends[0]) and [p.dtype for p in ends[1]] == types
+    rooms = {dtype: room.numel() for (dtype, _), room in opt._staging.items()}
+    assert rooms == {torch.float32: 2 * 24, torch.float64: 24}
+    assert (len(graphs.recorded), graphs.replays) == (3, 6)
 
 
 # ---- several ranks -----------------------------------------------------------------------------
@@ -365,7 +414,7 @@ def summed(rank: int, size: int) -> dict:
 
 
 def test_sums_of_two_ranks_are_replayed_though_each_step_has_new_ones(tmp_path: Path) -> None:
-    """They are received in a new tensor each step, and read as gradients are."""
+    """They are received in a new tensor each step, and staged as gradients are."""
     for found in on_ranks(2, summed, tmp_path, seconds=90):
         parts = found.pop("parts")
         assert found == dict(agree=True, recorded=parts, again=0, replays=3 * parts)
@@ -375,7 +424,7 @@ def test_the_default_is_a_graph_only_where_it_is_compiled_for_a_gpu() -> None:
     p = torch.nn.Parameter(tensor(4, 4))
     for compiled in (False, True):
         opt = Muon([p], compile=compiled)
-        assert not opt._graphs(opt._buckets[0])
+        assert not opt._records(opt._buckets[0])
 
 
 def test_when_all_graphs_are_gone_the_next_get_another_pool(monkeypatch) -> None:

@@ -27,7 +27,6 @@ from optimizers import (
     MatrixOptimizer,
     Muon,
     Nesterov,
-    Polar,
     Technique,
     slot,
 )

@@ -77,7 +77,8 @@ def saved_and_continued(rank: int, size: int, before: str | None) -> dict[str, d
     found = {}
     start = torch.load(before, weights_only=True) if before else None
     for name in OPTIMIZERS:
-        opt = build(name, lr=0.05)
+        precise = dict(dtype=torch.float32) if "dtype" in OPTIMIZERS[name].defaults else {}
+        opt = build(name, lr=0.05, **precise)
         if start is None:
             steps(opt, 0, 3)
         else:
@@ -112,22 +113,31 @@ def test_every_rank_saves_the_same_whole_state(saved: tuple[list[dict], Path]) -
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4])
-def test_a_state_of_four_ranks_continues_bit_for_bit_on_any_number(
+def test_a_state_of_four_ranks_continues_on_any_number(
     saved: tuple[list[dict], Path], size: int, tmp_path: Path
 ) -> None:
-    """0: no process group. Ten steps, then the same state again; weights_only=True loads it."""
+    """It is loaded bit for bit (by weights_only=True), and saved again after ten steps.
+
+    Other ranks multiply other stacks, which a BLAS may round otherwise: by 4e-6 of the movement,
+    hence 2e-5. Two exchanged states cost half of it. 0 ranks: there is no process group.
+    """
     (expected, *_), path = saved
     if size:
         found = on_ranks(size, saved_and_continued, tmp_path, str(path), seconds=90)[0]
     else:
         found = saved_and_continued(0, 1, str(path))
     for name in OPTIMIZERS:
-        for part in ("weights", "state", "end", "end_state"):
-            assert same(found[name][part], expected[name][part]), (name, part)
-        moved = [
-            (a - b).norm() for a, b in zip(found[name]["end"], found[name]["weights"], strict=True)
-        ]
-        assert min(moved) > 0.01
+        one, other = found[name], expected[name]
+        for part in ("weights", "state"):
+            assert same(one[part], other[part]), (name, part)
+        for W, a, b in zip(one["weights"], one["end"], other["end"], strict=True):
+            assert (b - W).norm() > 0.01 and (a - b).norm() < 2e-5 * (b - W).norm(), name
+        assert one["end_state"]["param_groups"] == other["end_state"]["param_groups"]
+        states = (some["end_state"]["state"] for some in (one, other))
+        for i, (a, b) in enumerate(zip(*(state.values() for state in states), strict=True)):
+            assert a.keys() == b.keys() and a
+            for key in a:
+                assert (a[key] - b[key]).norm() <= 2e-5 * b[key].norm() > 0, (name, i, key)
 
 
 @every

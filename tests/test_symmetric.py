@@ -16,7 +16,7 @@ from optimizers.symmetric import symmetric_by_torch, symmetric_matmul, symmetric
 ROOT = Path(__file__).resolve().parent.parent
 COMPARE = """
 import torch
-from optimizers.symmetric import symmetric_by_torch, symmetric_by_triton
+from optimizers.symmetric import TILE, symmetric_by_torch, symmetric_by_triton
 def compare(k, n, p, dtype=torch.float16):  # the interpreter of Triton 3.6 misreads bfloat16
     X = torch.randn(k, p, n, generator=torch.Generator().manual_seed(n)).to(dtype)
     S = (X.mT @ X) / p
@@ -33,7 +33,9 @@ def compare(k, n, p, dtype=torch.float16):  # the interpreter of Triton 3.6 misr
         exact = symmetric_by_torch(*wide, alpha, beta, gamma)
         error = (found.float() - exact).abs().max() / exact.abs().max()
         assert error < torch.finfo(dtype).eps, (dtype, k, n, p, alpha, error)
-        assert torch.equal(found, found.mT) and found.dtype == dtype
+        tile = torch.arange(n) // TILE
+        beside = tile[:, None] != tile  # the diagonal; where it is, a BLAS may sum in any order
+        assert torch.equal(found[:, beside], found.mT[:, beside]) and found.dtype == dtype
 
 S = torch.eye(8, dtype=torch.float16)[None]
 torch.library.opcheck(symmetric_by_triton, (S, S, None, [1.0, 0.0, 0.0], None))
@@ -81,7 +83,7 @@ def test_the_kernel_compiles_for_hopper_and_two_programs_fit_on_a_processor() ->
     assert (code, out) == (0, "compiled\n"), err
 
 
-def test_compiled_code_sees_one_operator_for_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_sees_one_operator_for_each_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the kernel, which inductor translates again and again, nor its parts in PyTorch."""
     monkeypatch.setattr(symmetric, "symmetric_obstacle", lambda *_: "")
     X, graphs = torch.zeros(2, 24, 8, dtype=torch.float16), []
@@ -93,8 +95,10 @@ def test_compiled_code_sees_one_operator_for_each_product(monkeypatch: pytest.Mo
     torch.compile(gram_polar, backend=backend, fullgraph=True, dynamic=False)(X)
     (graph,) = graphs
     called = [str(node.target) for node in graph.nodes if node.op.startswith("call")]
-    assert called.count("aurora.symmetric_matmul.default") == 18
-    assert sum("matmul" in name for name in called) == 3  # X <- Q X, after every second step
+    operator = "aurora.symmetric_matmul.default"
+    assert called.count(operator) == 18
+    others = [name for name in called if "matmul" in name and name != operator]
+    assert len(others) == 3  # X <- Q X, after every second step
 
 
 def test_a_matmul_is_the_sum_that_is_documented() -> None:
@@ -109,6 +113,24 @@ def test_on_the_cpu_and_in_full_precision_pytorch_computes_it() -> None:
         assert symmetric_obstacle(torch.device("cpu"), dtype, 4, 4) == "no CUDA device"
     A = symmetric_stack(2, 6)
     assert torch.equal(symmetric_matmul(A, A), symmetric_by_torch(A, A, None, 1.0, 0.0, 0.0))
+
+
+def test_the_obstacle_of_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a GPU; the log says which matmuls run and why."""
+    half, cuda, capability = torch.float16, torch.device("cuda"), [(9, 0)]
+    monkeypatch.setattr(symmetric, "triton", object())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    assert symmetric_obstacle(cuda, half, 768, 3072) == ""
+    assert symmetric_obstacle(cuda, torch.bfloat16, 8, 8) == ""
+    assert symmetric_obstacle(cuda, torch.float32, 768, 768) == "not in half precision"
+    assert symmetric_obstacle(cuda, half, 768, 12) == "a size is no multiple of 8"
+    capability[0] = (8, 0)
+    assert symmetric_obstacle(cuda, half, 768, 768) == "a GPU before Hopper"
+    for module, name, value in ((torch.version, "hip", "6.4"), (symmetric, "triton", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert symmetric_obstacle(cuda, half, 768, 768) == "no Triton for NVIDIA GPUs"
 
 
 def test_without_triton_the_optimizers_work() -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from optimizers import OPTIMIZERS  # noqa: E402
+from optimizers import OPTIMIZERS, Aspect  # noqa: E402
 from optimizers.replay import Replay  # noqa: E402
 
 SHAPES = {  # name: group, shape, matrices, neuron axis
@@ -118,8 +118,12 @@ def exactness(
     opt = optimizer(params, compile=False, **options)
 
     def direction(X: Tensor, axis: int | None) -> Tensor:
-        grad, group = X.float().to(device)[None], opt.param_groups[0] | dict(neuron_axis=axis)
-        return opt.update(grad, opt.init_state(grad), group)[0]
+        U, group = X.float().to(device)[None], opt.param_groups[0] | dict(neuron_axis=axis)
+        weight, state = torch.zeros_like(U), opt.init_state(U)
+        for technique in opt.techniques:
+            if not isinstance(technique, Aspect):  # which changes the size only
+                U = technique.before(U, weight, state, group).to(weight.dtype)
+        return U[0]
 
     rms = {
         name: max(rms_sigma(direction(with_spectrum(m, n, sigma), None)) for m in (4 * n, n))

@@ -1,16 +1,28 @@
 """Train each optimizer with each seed: one process per run, one run at a time on every visible GPU.
 
     python tools/run_many.py --optimizers adamw muon --seeds 1 2 --out logs/first -- --preset prose
+    python tools/run_many.py --plan records/prose/plan.json --minutes 20 -- --data data/prose
 
 Arguments after -- go to the trainer, with {run} replaced by the run's name, for example in
 --checkpoint {run}.pt. A run writes its log to OUT/muon_seed1.txt and its output to
 OUT/muon_seed1.console. A second start skips complete runs, renames the logs of the others
 (muon_seed1.txt.1) and trains these again. Ctrl-C ends all runs. The exit code is 1 if some logs are
 incomplete, 2 for bad input and 130 after Ctrl-C.
+
+A plan is a JSON file of comparisons, worked off in their order and seed by seed, so that the arms
+of a seed run beside each other. Logs are NAME/ARM_seed1.txt beside it; complete ones are skipped:
+
+    {"flags": "--preset prose", "comparisons": [{"name": "rates", "question": "...",
+     "flags": "--steps 600", "seeds": [1, 2], "arms": {"muon": "--optimizer muon"}}]}
+
+--minutes starts no run that would end later, by the longest so far, and then ends those that are
+left; with --checkpoint {run}.pt these are resumed the next time.
 """
 
 import argparse
 import fcntl
+import json
+import math
 import os
 import signal
 import subprocess
@@ -40,19 +52,56 @@ def complete(log: Path) -> Run | None:
         return None
 
 
-def plan(args: argparse.Namespace, rest: list[str]) -> dict[Path, list[str]]:
+def cross(args: argparse.Namespace, rest: list[str]) -> dict[Path, list[str]]:
     """Return the trainer's arguments by log; ValueError if a complete log had others."""
-    flags, runs, source = {w.partition("=")[0] for w in rest}, {}, flatten(TRAINER)
-    if clash := flags & OURS:
-        raise ValueError(f"{', '.join(sorted(clash))} after --: run_many.py sets these itself")
-    if "--checkpoint" in flags and "{run}" not in " ".join(rest):
-        raise ValueError("--checkpoint is one file for all runs: write {run} into its name")
+    runs, source = {}, flatten(TRAINER)
     for name, seed in product(args.optimizers, args.seeds):
         log = args.out / f"{name}_seed{seed}.txt"
         words = ["--optimizer", name, "--seed", str(seed), "--log", str(log)]
         runs[log] = words = words + [word.replace("{run}", log.stem) for word in rest]
         if (run := complete(log)) and (run.meta.get("argv"), run.script) != (words, source):
             raise ValueError(f"{log} is of other arguments or code: choose another --out")
+    return runs
+
+
+def check_trainer_flags(rest: list[str]) -> None:
+    """Raise ValueError if flags after -- are set by run_many.py, or name one file for all runs."""
+    flags = {word.partition("=")[0] for word in rest}
+    if clash := flags & OURS:
+        raise ValueError(f"{', '.join(sorted(clash))} after --: run_many.py sets these itself")
+    if "--checkpoint" in flags and "{run}" not in " ".join(rest):
+        raise ValueError("--checkpoint is one file for all runs: write {run} into its name")
+
+
+def read_plan(path: Path, rest: list[str]) -> dict[Path, list[str]]:
+    """Return the trainer's arguments by log, in the plan's order.
+
+    ValueError if the plan is not as described above, or if a complete log had other arguments.
+    """
+    try:
+        plan = json.loads(path.read_text())
+        cases = [
+            (
+                one["name"],
+                arm,
+                seed,
+                f"{plan['flags']} {one['flags']} {flags} --seed {seed}".split(),
+            )
+            for one in plan["comparisons"]
+            for seed in one["seeds"]
+            for arm, flags in one["arms"].items()
+        ]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no plan ({found}); see run_many.py --help") from None
+    runs = {}
+    for comparison, arm, seed, words in cases:
+        log = path.parent / comparison / f"{arm}_seed{seed}.txt"
+        if (run := complete(log)) and run.meta.get("argv", [])[: len(words)] != words:
+            raise ValueError(f"{log} had other arguments than the plan has now: rename one of them")
+        log.parent.mkdir(exist_ok=True)
+        name = f"{comparison}_{log.stem}"
+        runs[log] = [*words, "--log", str(log), *(word.replace("{run}", name) for word in rest)]
     return runs
 
 
@@ -69,11 +118,16 @@ def start(log: Path, words: list[str], gpu: str) -> subprocess.Popen:
         return subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
-def train(runs: dict[Path, list[str]], gpus: list[str]) -> bool:
+def train(runs: dict[Path, list[str]], gpus: list[str], minutes: float = math.inf) -> bool:
     """Train all incomplete runs; True if exit code 2 (bad flags or data) ended the queue."""
     waiting, running, refused = [log for log in runs if not complete(log)], {}, False
+    until, longest = time.monotonic() + 60 * minutes, 0.0
     try:
         while waiting or running:
+            if time.monotonic() + longest > until:
+                waiting = []
+            if time.monotonic() > until:
+                break
             for gpu in [gpu for gpu in gpus if gpu not in running][: len(waiting)]:
                 log = waiting.pop(0)
                 running[gpu] = log, start(log, runs[log], gpu), time.monotonic()
@@ -81,6 +135,7 @@ def train(runs: dict[Path, list[str]], gpus: list[str]) -> bool:
             for gpu, (log, process, since) in list(running.items()):
                 if (code := process.poll()) is not None:
                     waiting, refused = ([], True) if code == 2 else (waiting, refused)
+                    longest = max(longest, time.monotonic() - since)
                     said = log.with_suffix(".console").read_text(errors="replace").splitlines()
                     print(
                         f"{time.strftime('%X')} end {log.stem}, exit code {code},",
@@ -101,28 +156,37 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog="-- FLAGS go to the trainer"
     )
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, required=True)
-    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--plan", type=Path, help="a file of comparisons, instead of these two")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end all runs after that")
     parser.add_argument(
         "--gpus", type=int, choices=range(1, found + 1), help="use only so many of the visible GPUs"
     )
     parser.add_argument("--out", type=Path, default=Path("logs/run_many"), help="folder of logs")
     args, ids = parser.parse_args(argv[:cut]), os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (ids.split(",") if ids else [str(n) for n in range(found)])[:found][: args.gpus]
+    if bool(args.plan) == bool(args.optimizers and args.seeds):
+        parser.error("give --plan, or both --optimizers and --seeds")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    out, rest = args.plan.parent if args.plan else args.out, argv[cut + 1 :]
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / ".lock").open("w") as lock:  # a second run_many.py would rename our logs
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".lock").open("w") as lock:  # a second run_many.py would rename our logs
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            refused = train(runs := plan(args, argv[cut + 1 :]), gpus or [""])
+            check_trainer_flags(rest)
+            runs = read_plan(args.plan, rest) if args.plan else cross(args, rest)
+            refused = train(runs, gpus or [""], args.minutes)
     except (ValueError, OSError) as error:
         busy = isinstance(error, BlockingIOError)
-        print("run_many.py:", f"{args.out} is in use" if busy else error, file=sys.stderr)
+        print("run_many.py:", f"{out} is in use" if busy else error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     for log, run in (ended := {log: complete(log) for log in runs}).items():
-        print(f"{log.stem:24}", f"{run.points[-1].val_loss:.5f}" if run else "failed")
+        began = not args.plan or log.with_suffix(".console").exists()
+        loss = f"{run.points[-1].val_loss:.5f}" if run else "failed" if began else "waiting"
+        print(f"{log.parent.name}/{log.stem}" if args.plan else f"{log.stem:24}", loss)
     return 0 if all(ended.values()) else 2 if refused else 1
 
 
