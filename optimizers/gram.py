@@ -18,7 +18,7 @@ as with 12 quintic steps.
 Half precision is float16: the values are scaled into its range, and bfloat16 has 3 bits less.
 FLOPs for m = r n >= 2 n, with a symmetric matmul counted half: (15 + 9 r) n^3, with LEVERAGE4
 (13 + 6 r) n^3; for squares 24 n^3. 12 quintic steps take 12 (4 r + 2) n^3.
-Source: Gram Newton-Schulz (dao-lab.ai/blog/2026/gram-newton-schulz); aurora.md 4.
+Source: Gram Newton-Schulz (dao-lab.ai/blog/2026/gram-newton-schulz).
 """
 
 from collections.abc import Sequence

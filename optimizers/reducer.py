@@ -41,7 +41,7 @@ class Piece:
     depth: float  # pieces are launched from the greatest depth to the least
     missing: set[Tensor] = field(default_factory=set)  # parameters whose gradient is to come
     flight: tuple[dist.Work, Tensor] | None = None  # and its buffer, until waited for
-    grads: list[Tensor] = field(default_factory=list)  # that the buffer is to replace
+    grads: list[Tensor] = field(default_factory=list)  # that were sent, until the step ends
 
     def launch(self, dtype: torch.dtype | None) -> None:
         """Pack the gradients where there are several, and start the all-reduce."""
@@ -54,14 +54,18 @@ class Piece:
         """Wait for the sums; the gradients then hold them."""
         if self.flight is None:
             return
-        (work, buffer), self.flight, grads, self.grads = self.flight, None, self.grads, []
+        (work, buffer), self.flight, grads = self.flight, None, self.grads
         work.wait()
         if buffer is not grads[0]:
             sums = buffer.split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [s.view_as(g) for s, g in zip(sums, grads, strict=True)])
 
     def changed(self) -> Tensor | None:
-        """Return a gradient that is no longer what was sent, if there is one."""
+        """Return a parameter whose gradient is no longer what was sent, if there is one."""
+        for p, grad in zip(self.params, self.grads, strict=True):
+            if p.grad is not grad:  # its version says nothing: the sums are written into it
+                return p
+        return None
 
 
 @dataclass(eq=False)
@@ -192,6 +196,7 @@ class Reducer:
         self.remove_hooks()
         for piece in self.pieces:
             piece.wait()
+            piece.grads = []
             if isinstance(piece, OwnedPiece):
                 piece.sent = []
         for bucket in self.buckets:

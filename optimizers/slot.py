@@ -75,6 +75,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 merged |= getattr(technique, name)
             setattr(cls, "_own_" + name, own)
             setattr(cls, name, merged | own)
+        check_names(cls, cls.schedules)
 
     def __init__(
         self,
@@ -386,6 +387,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._reducer = Reducer(self._buckets, self.reduce_dtype, self._others)
 
     def _check_gradients(self) -> None:
+        for p in self._others:
+            if p.grad is None:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} outside the slot has no gradient: call "
+                    "backward() before step(), or leave unused parameters out"
+                )
         for bucket in self._buckets:
             for i, p in enumerate(bucket.params):
                 if p.grad is None:

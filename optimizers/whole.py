@@ -146,7 +146,19 @@ class ModelOptimizer:
         return dict(adamw=self.adamw.state_dict(), matrix=self.matrix.state_dict(), around=around)
 
     def load_state_dict(self, saved: dict) -> None:
-        """Load a state_dict of any number of ranks. Checkpoints before `around` lack that key."""
+        """Load a state_dict of any number of ranks. Checkpoints before `around` lack that key.
+
+        A state of another optimizer or model raises ValueError and changes nothing.
+        """
+        sizes = [
+            [len(group["params"]) for group in adamw["param_groups"]]
+            for adamw in (saved["adamw"], self.adamw.state_dict())
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the saved state has AdamW groups of {sizes[0]} parameters, expected {sizes[1]}: "
+                "it comes from another optimizer or model"
+            )
         found = saved.get("around", [])
         shapes, expected = (
             [{name: [t.shape for t in tensors] for name, tensors in s.items()} for s in states]
@@ -157,8 +169,8 @@ class ModelOptimizer:
                 f"the saved state is of {len(found)} techniques around all weights, expected "
                 f"{len(expected)}, of equal shapes: it comes from another optimizer or model"
             )
+        self.matrix.load_state_dict(saved["matrix"])  # refuses before it changes anything
         self.adamw.load_state_dict(saved["adamw"])
-        self.matrix.load_state_dict(saved["matrix"])
         for (_, state), values in zip(self._around, found, strict=True):
             for name, tensors in state.items():
                 torch._foreach_copy_(tensors, values[name])

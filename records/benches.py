@@ -20,7 +20,7 @@ COMMANDS = {
 NAME_WIDTH = 80  # a kernel's name is cut after so many characters
 OPTIMIZER_MS = ("optimizer (ms)", "optimizer_ms", ".2f")
 README = (  # what tells measurements apart, and a (title, key, format) for each column
-    ("bench", "device", "gpus", "preset", "optimizer"),
+    ("bench", "device", "gpus", "optimizer"),
     (
         ("tokens/s", "tokens_per_s", ",.0f"),
         ("ms per step", "step_ms", ".2f"),
@@ -151,9 +151,13 @@ def rows_of(entries: list[dict], columns: tuple, bench: str, made_by: str = "") 
 
 
 def readme_table(root: Path) -> str:
-    """Return a table for the README: the newest measurements at a preset's own settings."""
+    """Return a table for the README: the newest measurements at track3's own settings."""
     keys, columns = README
-    entries = newest(root / "records/bench/trainer.jsonl", keys, "trainer", is_plain)
+
+    def keep(entry: dict) -> bool:
+        return is_plain(entry) and entry["preset"] == "track3"
+
+    entries = newest(root / "records/bench/trainer.jsonl", keys, "trainer", keep)
     page = "`tools/bench_trainer.py` ([commands and commits](records/bench/README.md))"
     return rows_of(entries, columns, "trainer", page)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+# What torch.load raises for files that are damaged or something else.
+UNREADABLE = RuntimeError, ValueError, TypeError, LookupError, OSError, EOFError, pickle.PickleError
+
 
 def shard_sizes(shards: dict[str, torch.Tensor]) -> dict[str, int]:
     return {name: len(tokens) for name, tokens in shards.items()}
@@ -36,7 +39,7 @@ def read_checkpoint(path: Path, same: dict, defaults: dict, **given: object) -> 
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         then = saved["config"] = defaults | saved["config"]
-    except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError):
+    except UNREADABLE:
         raise ValueError(f"{path} is no whole checkpoint of this trainer: name another") from None
     pairs = [(name, then[name], same[name]) for name in same]
     for name, found, expected in pairs + [(key, saved.get(key), given[key]) for key in given]:

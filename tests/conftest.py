@@ -1,4 +1,4 @@
-"""What several test files share: small shards, a tiny preset, and processes that are ranks."""
+"""Offer all test files small shards, a tiny preset, and processes that are ranks."""
 
 import os
 
@@ -41,7 +41,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two training shards and one for validation: byte tokens, some of them predictable."""
+    """Write two training shards and one for validation: byte tokens, partly predictable."""
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     for name, size in (("train_000001", 9000), ("train_000002", 7000), ("val_000000", 5000)):
         tokens = np.cumsum(rng.integers(1, 4, size)) % 257
@@ -51,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Arguments of a run that takes a moment, in an empty folder; further ones are appended."""
+    """Return arguments of a short run and append more; the current folder is empty."""
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
     return lambda *more: ["--preset", "tiny", "--data", str(corpus), "--device", "cpu", *more]
@@ -89,7 +89,7 @@ def _rank_main(task: Callable, rank: int, size: int, port: int, out: Path, args:
 
 
 def on_ranks(size: int, task: Callable, out: Path, *args: Any, seconds: float = 120) -> list[Any]:
-    """What task(rank, size, *args) returns on each of `size` new processes with torchrun's env.
+    """Run task(rank, size, *args) in `size` processes with torchrun's variables, return results.
 
     The processes are forked from a server that imported torch once. The task joins the group.
     """
@@ -114,7 +114,7 @@ def on_ranks(size: int, task: Callable, out: Path, *args: Any, seconds: float = 
 
 
 def in_fresh_python(*words: str, cwd: Path, **env: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `python words...`, without the variables of torchrun."""
+    """Run `python words...` without the variables of torchrun; returns code, stdout, stderr."""
     import subprocess
 
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTHONPATH")}

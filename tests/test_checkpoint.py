@@ -149,11 +149,15 @@ def spoilt(kind: str) -> None:
         Path("run.pt").write_text("no checkpoint")
     elif kind == "other":
         torch.save({"weights": 1}, "run.pt")
+    elif kind == "list":
+        torch.save([1, 2], "run.pt")
+    elif kind == "settings":
+        torch.save(saved | {"config": ["layers", 3]}, "run.pt")
     else:
         torch.save(saved | {"config": saved["config"] | {"layers": 3}}, "run.pt")
 
 
-@pytest.mark.parametrize("kind", ["cut", "text", "other", "layers"])
+@pytest.mark.parametrize("kind", ["cut", "text", "other", "list", "settings", "layers"])
 @pytest.mark.parametrize("flag", ["--eval", "--checkpoint"])
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(
     tiny: Callable, capsys: pytest.CaptureFixture, kind: str, flag: str

@@ -1,5 +1,7 @@
-"""The shard format, its manifest and data/tokenize_text.py: what is written is what is read, and
-every kind of damage is named."""
+"""The shard format, its manifest, the trainer's loader and data/tokenize_text.py.
+
+What is written is what is read, and every kind of damage is named.
+"""
 
 import json
 import os
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.loader import manifest_target, open_shard, open_shards, train_batches
 from data.shards import (
     read_header,
     read_manifest,
@@ -162,6 +165,53 @@ def test_an_id_beyond_the_vocabulary_is_named(shard: Path) -> None:
     assert len(read_shard(shard, 257)) == 1000
     with pytest.raises(ValueError, match="token id 256 is beyond the vocabulary of 256"):
         read_shard(shard, 256)
+
+
+# ----------------------------------------------------------------------------- the trainer's loader
+
+
+def test_the_trainer_opens_what_is_written(shard: Path) -> None:
+    tokens = open_shard(shard, 257)
+    assert np.array_equal(tokens.numpy(), read_shard(shard)) and len(tokens) == 1000
+    with pytest.raises(ValueError, match="holds token id 256, the vocabulary has 256"):
+        open_shard(shard, 256)
+
+
+def opened(folder: Path, steps: int, batch_tokens: int, wrap: bool = False) -> tuple:
+    write_shard(folder / "mine_val_000000.bin", np.arange(101))
+    return open_shards(str(folder), "python make.py", steps, batch_tokens, 100, 257, wrap)
+
+
+def test_a_run_opens_the_shards_that_it_reads_and_one_token_more_to_validate(folder: Path) -> None:
+    """500 tokens last 4 steps of 100: the last token is a target only, one more must follow."""
+    for steps, count in ((1, 1), (4, 1), (5, 2), (12, 3)):
+        shards, validation = opened(folder, steps, 100)
+        assert [*shards] == [f"mine_train_{i:06d}.bin" for i in range(count)]
+        assert len(validation) == 101
+    with pytest.raises(ValueError, match="lasts 12 of 13 steps of 100 tokens: run python make.py"):
+        opened(folder, 13, 100)
+    assert len(opened(folder, 13, 100, wrap=True)[0]) == 3
+    with pytest.raises(ValueError, match="lasts 0 of 13 steps"):
+        opened(folder, 13, 600, wrap=True)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_from_a_later_step_are_those_of_a_run_that_was_never_cut(
+    folder: Path, size: int
+) -> None:
+    """Through all shards and their second reading."""
+    shards, _ = opened(folder, 12, 100)
+    for rank in range(size):
+        whole = train_batches(shards, 100, rank, size)
+        for first in range(26):
+            later = next(train_batches(shards, 100, rank, size, first))
+            assert later.tolist() == next(whole).tolist() and len(later) == 100 // size + 1
+
+
+def test_a_manifest_may_hold_a_target(folder: Path) -> None:
+    assert manifest_target(str(folder), "") == manifest_target(str(folder / "none"), "") == 0
+    write_manifest(folder, "bytes", 257, target=1.5)
+    assert manifest_target(str(folder), "") == 1.5
 
 
 # ------------------------------------------------------------------------------------- the manifest

@@ -194,15 +194,16 @@ def test_bench_tables_show_the_newest_line_of_each_kind(root: Path) -> None:
     )
     kind = {
         "bench": "trainer",
-        "preset": "prose",
+        "preset": "track3",
         "device": "NVIDIA H200",
         "optimizer": "aurora",
-        "batch_tokens": 131072,
+        "batch_tokens": 524288,
     } | origin
     write_bench(
         root,
         "trainer",
         [kind | {"gpus": n, "tokens_per_s": 456000.4 * n} for n in (8, 1)]
+        + [kind | {"gpus": 1, "preset": "prose", "tokens_per_s": 1.0}]
         + [kind | {"gpus": 1, "bench": "growth", "expansion": 4, "width": 768}],
     )
     main([], root)

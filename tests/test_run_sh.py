@@ -123,6 +123,10 @@ class Checkout:
         with open(self.root / "data/cached_fineweb10B.py", "a") as file:
             file.write(f"sys.exit(2 if '--offline' in sys.argv else {0 if fetched else 2})\n")
 
+    def corpora(self) -> list[Path]:
+        """Return the folders in data/, which scripts make."""
+        return [path for path in self.root.glob("data/*/") if path.name != "__pycache__"]
+
     def calls(self) -> list[str]:
         """What was called since the last time."""
         path = self.root / "calls"
@@ -175,13 +179,13 @@ def test_a_mistyped_flag_is_one_sentence_before_anything_is_fetched(checkout: Ch
     code, out, err = checkout.run("--optimzer", "aurora")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("train_gpt.py: unrecognized arguments: --optimzer")
-    assert not list(checkout.root.glob("data/*/"))
+    assert not checkout.corpora()
 
 
 def test_help_is_the_trainers(checkout: Checkout) -> None:
     code, out, _ = checkout.run("--help")
     assert code == 0 and "{adamw,muon,normuon,unormuon,aurora,riemannian}" in out
-    assert not list(checkout.root.glob("data/*/"))
+    assert not checkout.corpora()
 
 
 # ---------------------------------------------------------------------------------------- launching

@@ -187,6 +187,18 @@ def test_a_log_that_exists_is_never_overwritten(refused: Callable, tmp_path: Pat
     assert (tmp_path / "a.txt").read_text() == "a result"
 
 
+def test_sources_that_cannot_be_one_text_are_refused(
+    refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a traceback, for whoever gave an optimizer of their own a name that is taken."""
+
+    def flatten(script: Path) -> str:
+        raise ValueError("f is defined in a.py (a.py) and defined in b.py (b.py): rename one")
+
+    monkeypatch.setattr(train_gpt, "flatten", flatten)
+    assert "f is defined in a.py" in refused([])
+
+
 def test_a_refused_script_exits_with_2_and_one_sentence(tmp_path: Path) -> None:
     code, out, err = in_fresh_python(str(ROOT / "train_gpt.py"), "--preset", "gpt5", cwd=tmp_path)
     assert (code, out) == (2, "") and err.count("\n") == 1
@@ -565,6 +577,25 @@ def test_the_first_step_with_a_non_finite_loss_is_named(
     assert train_gpt.main(tiny("--log", "a.txt")) == 1
     assert end_of(Path("a.txt"))["status"] == f"non-finite loss at step {first + 1}"
     assert len(losses(Path("a.txt"))) == (2 if first < 2 else 3)
+
+
+def test_a_run_that_failed_says_nothing_of_a_target_or_of_neurons(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its validation loss may be low and finite, but it is the loss of no valid run."""
+    forward, bad = train_gpt.GPT.forward, [0.0]
+
+    def broken(self: train_gpt.GPT, *args: torch.Tensor) -> torch.Tensor:
+        return forward(self, *args) + (bad[0] if torch.is_grad_enabled() else 0)
+
+    monkeypatch.setattr(train_gpt.GPT, "forward", broken)
+    for bad[0], code, name in ((0.0, 0, "good.txt"), (math.inf, 1, "bad.txt")):
+        argv = tiny("--target", "5.54", "--diagnostics", "--log", name)
+        assert train_gpt.main(argv) == code
+    good, failed = parse_log("good.txt"), parse_log("bad.txt")
+    assert good.target["step"] == 2 and [diag["step"] for diag in good.extra["diag"]] == [2, 4]
+    assert failed.status == "non-finite loss at step 1" and failed.points[-1].val_loss < 5.54
+    assert failed.target is None and "diag" not in failed.extra
 
 
 def test_a_diverged_trial_ends_the_others(tiny: Tiny, tmp_path: Path) -> None:
