@@ -27,6 +27,7 @@ VERSIONS = (  # the same settings on one GPU, at two commits
     ("4aee012 and f92c162", "gpus/{}_1x", "fp8/{}_bf16"),
     ("4aee012 and 2e04f13", "gpus/{}_1x", "gluon/{}"),
     ("f92c162 and 2e04f13", "fp8/{}_bf16", "gluon/{}"),
+    ("2e04f13 and 4a056d5", "gluon/{}", "techniques/{}"),
 )
 
 

@@ -162,7 +162,8 @@ def prose_groups(root: Path) -> str:
     return markdown(header, rows) if rows else "not measured yet\n"
 
 
-FOLDERS = ("family", "fp8", "gluon", "gpus", "resumed")  # of records/prose, a table for each
+# Folders of records/prose, each with a table
+FOLDERS = ("family", "fp8", "gluon", "gpus", "resumed", "techniques", "tune")
 PAGES = {
     "README.md": ("bench_trainer", "results"),
     "docs/optimizers.md": ("parity", "polar"),

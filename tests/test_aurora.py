@@ -105,8 +105,8 @@ def test_row_norms_even_out_with_every_round(exponent: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_rounds_even_out_a_gaussian_to_half_a_percent(dtype: torch.dtype) -> None:
-    """aurora.md 1.7, row 7; at 3072 x 768 it is 0.0028. The polar factor has 0.02 to 0.04."""
-    for make in (gaussian, uneven):
+    """At 3072 x 768 it is 0.0028. The polar factor has 0.02 to 0.04."""
+    for make in (gaussian, uneven)[dtype == torch.bfloat16 :]:  # which takes the CPU 5 s each
         X = make(1024, 256).float()
         assert cv(polar(X, dtype=dtype)) > 0.02
         assert cv(balanced_polar(X[None], 2, 0.5, dtype=dtype)[0]) < 0.005
@@ -197,7 +197,7 @@ def test_degenerate_momentum_gives_a_bounded_descent_direction(
 
 
 def test_the_directions_of_a_low_rank_momentum_are_kept() -> None:
-    """aurora.md 1.7, row 13: of a rank 4 matrix, four singular values are near one."""
+    """of a rank 4 matrix, four singular values are near one."""
     X = gaussian(256, 4) @ gaussian(4, 64, seed=1)
     U = balanced_polar(X.float()[None], 2, 0.5, dtype=torch.bfloat16)[0]
     assert torch.linalg.svdvals(U.double())[3] > 0.9
@@ -278,7 +278,7 @@ def test_wide_with_neurons_as_columns_is_the_transpose_of_tall_with_neurons_as_r
 
 @pytest.mark.parametrize("grad", [TALL, WIDE, SQUARE], ids=["tall", "wide", "square"])
 def test_a_group_without_neurons_is_plain_muon_whatever_its_shape(grad: Tensor) -> None:
-    """Fused QKV is 3:1 and no MLP matrix: the shape must not decide (aurora.md 1.6)."""
+    """Fused QKV is 3:1 and no MLP matrix: the shape must not decide."""
     assert torch.equal(direction(Aurora, grad, neuron_axis=None), direction(Muon, grad))
 
 

@@ -37,7 +37,7 @@ def test_the_folder_is_named_after_the_log_unless_it_is_given(
     assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
     capsys.readouterr()
     main(["extract", "a.txt"])
-    assert " files in a_source: kernels/" in capsys.readouterr().out
+    assert " files in a_source: data/loader.py, models/" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["extract", "a.txt"])
     assert capsys.readouterr().err.startswith("a_source exists already")
@@ -100,7 +100,9 @@ def test_the_script_of_a_run_repeats_it_without_its_arguments(tiny: Tiny, corpus
     changed = set(script.splitlines()) - set(run.script.splitlines())
     assert changed == {f"    sys.exit(main({constants} + sys.argv[1:]))"}
     assert "--set" in constants and "--seed" not in constants and str(corpus) not in constants
-    preset = script.replace("PRESETS = {\n", f"PRESETS = {{'tiny': {TINY},\n")  # not of the trainer
+    preset = script.replace(
+        "PRESETS = dict(", f"PRESETS = dict(tiny={TINY}, "
+    )  # not of the trainer
     Path("submission.py").write_text(preset)
     own = ["--data", str(corpus), "--device", "cpu", "--seed", "6", "--log", "b.txt"]
     status, _, error = in_fresh_python("submission.py", *own, cwd=Path().resolve())
@@ -123,7 +125,7 @@ def test_a_submission_holds_nothing_of_its_authors_machine(tiny: Tiny, corpus: P
     )
     assert str(folder) not in script and str(corpus) not in script
     Path("new").mkdir()
-    preset = script.replace("PRESETS = {\n", f"PRESETS = {{'tiny': {TINY},\n")
+    preset = script.replace("PRESETS = dict(", f"PRESETS = dict(tiny={TINY}, ")
     Path("new/submission.py").write_text(preset)
     own = ["--data", str(corpus), "--device", "cpu", "--seed", "2", "--log", "b.txt"]
     status, _, error = in_fresh_python("submission.py", *own, cwd=folder / "new")

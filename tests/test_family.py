@@ -182,7 +182,7 @@ def test_zero_rows_get_no_update_and_the_others_do(
 
 @pytest.mark.parametrize("name", ["muon", "aurora", "riemannian"])
 def test_rounding_fills_the_missing_directions_of_a_low_rank_gradient(name: str) -> None:
-    """aurora.md 1.7, row 13: the exact update has rank 4, quintic12's in bfloat16 has not.
+    """the exact update has rank 4, quintic12's in bfloat16 has not.
 
     gram6 rounds less: in float32, as on the CPU, nothing is filled; in float16 a part is.
     """
@@ -345,7 +345,7 @@ def test_three_climbs_leave_rows_of_very_different_momenta_half_as_long_again(se
 
 @pytest.mark.parametrize("make", [powerlaw, uneven], ids=["spectrum 1/i", "log-normal rows"])
 def test_riemannian_goes_further_along_the_momentum_with_rows_as_even(make) -> None:
-    """aurora.md 1.3: of the nuclear norm, vanilla reaches 0.67 at spectrum 1/i."""
+    """of the nuclear norm, vanilla reaches 0.67 at spectrum 1/i."""
     X = make(512, 128)
     nuclear = sigma(X).sum()
     ours, vanilla = (direction(name, X, **EXACT) for name in ("riemannian", "aurora"))

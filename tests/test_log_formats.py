@@ -57,7 +57,7 @@ def test_several_trials_each_start_again_at_step_0(tmp_path: Path, rules: int) -
 
 
 def test_results_count_only_below_the_last_rule(tmp_path: Path) -> None:
-    """Source code holds lines that look like results (users.md, M9)."""
+    """Source code holds lines that look like results."""
     path = write(tmp_path / "a.txt", steps((0, 10.8), (300, 3.27)))
     assert losses(path) == [[10.8, 3.27]]
     run = parse_runs(path)[0]
@@ -92,7 +92,7 @@ def test_a_repeated_line_counts_once(tmp_path: Path) -> None:
 
 
 def test_the_scored_loss_under_another_name_is_kept_with_its_name(tmp_path: Path) -> None:
-    """The current record is scored on val_ema_loss; its val_loss is above 3.28 (users.md, M2)."""
+    """The current record is scored on val_ema_loss; its val_loss is above 3.28."""
     line = (
         "step:{0}/300 val_loss:{1} val_avg_loss:{1} val_ema_loss:{2} train_time:5.0s step_avg:9ms"
     )

@@ -65,7 +65,7 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(runs: list[Run], tmp_
 
 
 def test_runs_of_two_codes_are_never_averaged(runs: list[Run]) -> None:
-    """Upstream's curve of entry 23 averages 40 runs of two scripts (users.md, M3)."""
+    """Upstream's curve of entry 23 averages 40 runs of two scripts."""
     one, two, aurora = runs
     two = replace(two, meta=two.meta | {"code_sha256": "0123456789"})
     assert [*group_runs([one, two])] == ["Muon, code unknown", "Muon, code 0123456"]

@@ -148,7 +148,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     ],
 )
 def test_each_method_ends_where_its_source_says(method: str, lowest: float, highest: float) -> None:
-    """Singular values after float32 products, for conditions of 10 to 100 (aurora.md 4.1)."""
+    """Singular values after float32 products, for conditions of 10 to 100."""
     for condition in (10, 30, 100):
         for shape in ((48, 12), (12, 48), (32, 32)):
             X = make(*shape, condition)[0].float()

@@ -52,7 +52,7 @@ def test_the_crossings_recompute() -> None:
 
 
 def test_the_current_record_is_scored_on_its_ema_loss() -> None:
-    """Its val_loss at 2690 averages 3.28243, above the target (users.md, M2)."""
+    """Its val_loss at 2690 averages 3.28243, above the target."""
     one = entry("track_3#46")
     assert {run.metric for run in one.runs} == {"val_ema_loss"}
     assert summary(one.losses).mean == pytest.approx(3.278329, abs=1e-6)

@@ -65,7 +65,7 @@ def test_the_log_lists_its_own_free_fields(tmp_path: Path) -> None:
 
 
 def test_look_alikes_in_the_embedded_script_are_not_results(tmp_path: Path) -> None:
-    """Track-3 readers searched whole logs and hit f-strings of the source first (users.md, M9)."""
+    """Track-3 readers searched whole logs and hit f-strings of the source first."""
     run = parse_log(write_log(tmp_path / "a.txt", STEPS))
     assert run.script == SCRIPT
     assert run.meta["optimizer"] == "muon" and len(run.points) == 3

@@ -433,12 +433,12 @@ def test_bfloat16_weights_decay_too() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         generator = torch.Generator().manual_seed(0)
         p = torch.nn.Parameter(torch.randn(64, 64, generator=generator).mul(0.1).to(dtype))
-        opt = OPTIMIZERS["muon"]([p], lr=0.002, weight_decay=0.5)
-        for _ in range(1000):
+        opt = OPTIMIZERS["muon"]([p], lr=0.002, weight_decay=0.9)
+        for _ in range(400):
             p.grad = torch.randn(64, 64, generator=generator).to(dtype)
             opt.step()
         norms.append(p.detach().float().norm().item() / 6.4)
-    assert norms[0] < 0.5 and norms[1] < 0.7, norms  # rounded away: 1.04
+    assert norms[0] < 0.55 and norms[1] < 0.7, norms  # rounded away: 1.01
 
 
 def test_autograd_sees_that_a_step_changed_the_weights() -> None:

@@ -60,7 +60,7 @@ def test_the_largest_mean_that_passes(n: int, largest: float) -> None:
 
 
 def test_the_rule_taken_literally_misses_p_of_one_in_a_thousand() -> None:
-    """0.004 / 0.0013 is z = 3.077, p = 0.00105 (users.md, M6)."""
+    """0.004 / 0.0013 is z = 3.077, p = 0.00105."""
     found = precision([3.276])
     assert found.z == pytest.approx(3.077, abs=1e-3) and found.p == pytest.approx(0.00105, abs=5e-6)
     assert isnan(found.t) and isnan(found.p_t)
@@ -75,7 +75,7 @@ def test_two_merged_records_forgot_the_square_root_of_n() -> None:
 
 
 def test_student_s_t_stands_beside_the_fixed_sigma() -> None:
-    """A tuned AdamW passes the rule with p = 0.007 by its own spread (users.md, M7)."""
+    """A tuned AdamW passes the rule with p = 0.007 by its own spread."""
     found = precision(LOSSES)
     expected = scipy_stats.ttest_1samp(LOSSES, 3.28, alternative="less")
     assert found.p_t == pytest.approx(expected.pvalue) and found.t == pytest.approx(
