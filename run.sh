@@ -5,9 +5,9 @@
 #   ./run.sh --optimizer aurora --trials 2  # all arguments go to train_gpt.py, see --help
 #   ./run.sh --preset prose --data DIR      # a chosen preset or folder stays as it is
 #
-# The first run installs missing packages into .venv and fetches missing shards into data/. Relative
-# paths start at the repository. The exit code is the trainer's: 0, 1 if the run failed, or 2 for a
-# mistake, which it names.
+# The first run installs missing packages into .venv, those of tools/ and records/ too, and fetches
+# missing shards into data/. Relative paths start at the repository. The exit code is the trainer's:
+# 0, 1 if the run failed, or 2 for a mistake, which it names.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 . tools/setup.sh
@@ -53,12 +53,12 @@ embedded_default() {  # REASON: fall back to the demo
 }
 
 fineweb() {  # fetch the benchmark's shards, unless they are here
-    setup numpy
+    setup numpy tools
     "$python" data/cached_fineweb10B.py 18 --offline 2>/dev/null && return
     if [ "$choice" = default ] && ! reachable "${HF_ENDPOINT:-https://huggingface.co}"; then
         embedded_default "FineWeb is not here and huggingface.co does not answer"
     else
-        setup 'numpy|huggingface_hub'
+        setup 'numpy|huggingface_hub' tools
         "$python" data/cached_fineweb10B.py 18
     fi
 }
@@ -73,14 +73,14 @@ launch() {  # ARGUMENTS: train on the largest usable number of GPUs
 }
 
 [[ " $* " != *" --help "* && " $* " != *" -h "* ]] || help
-setup torch
+setup torch tools
 plan=$(plan "$@")
 read -r gpus choice reason <<<"$plan"
 fallback=
 ((gpus)) || [ "$choice" != default ] || embedded_default "No usable GPU ($reason)"
 case $choice in default | track3) fineweb ;; esac
 if [ "$choice" = demo ]; then
-    setup numpy
+    setup numpy tools
     "$python" data/embedded.py
 fi
 [ -z "$fallback" ] || set -- --preset demo "$@"

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve busy machines
 STARTED = time.perf_counter()  # before torch is imported: the start-up time counts all of it
 
 import torch
@@ -35,7 +36,7 @@ from models.trunk import fused_trunk, trunk_obstacle
 from models.world import World, choose_device
 from optimizers import OPTIMIZERS, Diagnostics, ModelOptimizer
 from records.checkpoint import read_checkpoint, read_trials, write_checkpoint
-from records.writer import Log, check_outputs, flatten
+from records.writer import Log, check_outputs, flatten, say_interrupted
 
 ####################################################################################################
 #                                              Config                                              #
@@ -57,7 +58,7 @@ class Config:
     steps: int = setting(3250, "run", "optimizer steps; the learning rate reaches zero there")
     target: float = setting(3.28, "", "validation loss to reach; 0: that of the data's manifest")
     data: str = setting("data/fineweb10B", "free", "folder with *_train_*.bin and *_val_*.bin")
-    log: str = setting("", "free", "log file, default logs/<uuid>.txt; torchrun: --log-file")
+    log: str = setting("", "free", "log file, default in logs/; under torchrun --log-file")
     rows: int = setting(0, "", "rows of a microbatch; 0: as many as fit the memory")
     batch_tokens: int = setting(524_288, "run", "tokens of one step, over all ranks")
     val_tokens: int = setting(10_485_760, "run", "tokens of a validation, from the shard's start")
@@ -359,8 +360,6 @@ class Trainer:
         if self.world.device.type == "cuda" and not self.microbatches.graphs:
             torch.cuda.reset_peak_memory_stats()
 
-    # ---- on the clock -----------------------------------------------------------------------
-
     def step(self, step: int, tokens: Tensor) -> Tensor:
         """Train on the rank's tokens; returns their summed loss before the step."""
         tokens, device = tokens.to(torch.int32), self.world.device
@@ -384,7 +383,7 @@ class Trainer:
                 world.synchronize()
                 seconds += time.perf_counter() - started if step else 0.0
                 val_loss = self.losses(self.val) / config.val_tokens
-                log.step(step, seconds, val_loss)
+                log.validated(step, seconds, val_loss)
                 self.points.append((step, val_loss, seconds))
                 if bad := self.optimizer.nonfinite_steps(self.model.named_parameters()):
                     log.record("nonfinite", step=step, gradients=bad)
@@ -403,10 +402,9 @@ class Trainer:
                 bad_step = bad_step.minimum(torch.where(loss.isfinite(), never, step + 1))
                 if step == first:
                     log.record("optim", step=step + 1, groups=self.optimizer.read_back())
-                log.step(step + 1, seconds + time.perf_counter() - started)
+                elapsed = seconds + time.perf_counter() - started
+                log.trained(step + 1, elapsed, loss, self.optimizer.lr_factor)
         return "complete"
-
-    # ---- while the clock stands still -------------------------------------------------------
 
     def losses(self, tokens: Tensor) -> float:
         """Return the summed validation loss of these tokens of all ranks."""
@@ -420,7 +418,7 @@ class Trainer:
         if self.config.diagnostics and step:
             some = self.val[: min(len(self.val) - 1, 2**16) + 1]
             batches = (inputs for inputs, _ in self.microbatches.split(some))
-            log.record("diag", console=False, **self.diagnostics.measure(step, batches))
+            log.record("diag", **self.diagnostics.measure(step, batches))
 
     def save(self, path: Path, seed: int, step: int) -> None:
         """Write everything that a run of any number of ranks needs to go on."""
@@ -467,8 +465,7 @@ def main(argv: list[str]) -> int:
         start = dict(script=script, source=flatten(script), argv=argv)  # now: it may change
         config = parse_config(argv)
         check_config(config, size)
-        seeds = range(config.seed, config.seed + config.trials)
-        paths = check_outputs(config.log, config.checkpoint, seeds, config.wandb)
+        paths = check_outputs(asdict(config))
         sizes = config.steps, config.batch_tokens, config.val_tokens, config.vocab_size
         shards, val_tokens = open_shards(config.data, config.get_data, *sizes, config.wrap)
         target = config.target or manifest_target(config.data, config.get_data)
@@ -491,7 +488,10 @@ def main(argv: list[str]) -> int:
             time.sleep(10)  # rank 0 speaks, exits, and torchrun ends this one; or it is alone in it
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
-    status = "complete" if config.eval else run_trials(trainer, saved, paths, start)
+    try:
+        status = "complete" if config.eval else run_trials(trainer, saved, paths, start)
+    except KeyboardInterrupt:
+        return say_interrupted(paths, rank)
     world.close()
     return 0 if status == "complete" else 1
 

@@ -93,6 +93,11 @@ class ModelOptimizer:
         for technique, state in self._around:
             technique.after_step(self.params, state, step)
 
+    @property
+    def lr_factor(self) -> float:
+        """Return the learning rate of the last step over the initial one, of the first group."""
+        return self.groups[0]["lr"] / self.groups[0]["initial_lr"]
+
     def _follow_schedules(self, step: int) -> None:
         for group, initial in zip(self.groups, self._initial, strict=True):
             own = self.matrix.schedules if "neuron_axis" in group else {}

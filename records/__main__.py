@@ -1,9 +1,11 @@
 """`python -m records COMMAND ...`: show, compare, plot, pack and verify runs.
 
-Bad input ends a command with one sentence and exit code 2, and nothing is written.
+Bad input ends a command with one sentence and exit code 2, and nothing is written. A missing
+package also gets one sentence and exit code 2.
 """
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -22,18 +24,27 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m records", description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
     argv = sys.argv[1:] if argv is None else argv
-    module = import_module(COMMANDS[parser.parse_args(argv[:1]).command])
-    command = argparse.ArgumentParser(
-        prog=f"python -m records {argv[0]}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(command)
-    args = command.parse_args(argv[1:])
+    name = parser.parse_args(argv[:1]).command
     try:
-        module.run(args)
+        module = import_module(COMMANDS[name])
+        command = argparse.ArgumentParser(
+            prog=f"python -m records {name}",
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        module.run(command.parse_args(argv[1:]))
+    except ModuleNotFoundError as error:
+        parser.exit(
+            2,
+            f"python -m records: {error} in {sys.executable}, expected torch, scipy, rich and "
+            "matplotlib: run `source .venv/bin/activate` if there is a .venv (run.sh makes one "
+            "where python3 lacks packages), else `pip install torch scipy rich matplotlib`\n",
+        )
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        command.exit(2, f"{error}\n")
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":

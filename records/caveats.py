@@ -47,10 +47,16 @@ def warnings(sized: list[tuple[Group, int]], target: float) -> list[str]:
             )
         if again := same_seeds(one):
             found.append(f"{one.name} counts {again}")
-        for status, count in Counter(run.status for run in one.runs).items():
-            if status != "complete":
-                found.append(f"{one.name}: {count} of {len(one.runs)} runs: {status}")
+        for state, count in Counter(run.state for run in one.runs).items():
+            if state != "complete":
+                found.append(f"{one.name}: {count} of {len(one.runs)} runs: {state}")
     groups = [one for one, _ in sized]
+    single = [one.name for one in groups if len(one.runs) == 1]
+    if len(single) > 1:
+        found.append(
+            f"{', '.join(single)}: one run each, so their differences have no verdict; "
+            "train more seeds"
+        )
     machines = {one.name: " and ".join(sorted({*map(hardware, one.runs)})) for one in groups}
     if len({*machines.values()}) > 1 or any(" and " in name for name in machines.values()):
         listed = "; ".join(f"{name} on {where}" for name, where in machines.items())

@@ -1,8 +1,8 @@
 """Compare groups of runs: means, the rules of track 3, Welch's t-test and the paired t-test.
 
 A group is a log, a folder, a glob or track_3#N. It is read at --step; without that, at its claimed
-step or at the last step that all its runs share. The loss there must be finite. In each pair the
-group that comes first is the old one.
+step or at the last step that all its runs share. The loss there must be finite. `compare A B` says
+A against B: gains of A are positive. With one run each, it gives the difference and no verdict.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -47,7 +47,7 @@ def run(args: Namespace) -> None:
     say(*loss_table(sized, target), args.markdown)
     say(*target_table(groups, target), args.markdown)
     if len(groups) > 1:
-        say(*pair_table(sized, target), args.markdown)
+        say(*against_table(sized, target), args.markdown)
     for warning in warnings(sized, target):
         print(f"warning: {warning}")
 
@@ -118,8 +118,18 @@ def _crossings(one: Group, target: float, field: int) -> list[float]:
     return [value for value in found if not isnan(value)]
 
 
+def against_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
+    """Return a row per pair, in the order given: each group against those that come after it."""
+    header, rows = pair_table(sized[::-1], target)
+    return header, rows[::-1]
+
+
 def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]:
-    """Return a row per pair. Differences are old - new, so the new group's gains are positive."""
+    """Return a row per pair of an old group and a new one, which comes later in `sized`.
+
+    Differences are old - new, so the new group's gains are positive. Pairs of single runs get no
+    verdict: the rule assumes how far runs scatter, and two runs cannot show that it holds.
+    """
     header = [
         "new against old",
         "loss gained",
@@ -138,6 +148,7 @@ def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]
     for (old, old_step), (new, new_step) in combinations(sized, 2):
         a, b = old.losses(old_step), new.losses(new_step)
         test, rule = welch(a, b), pairwise(a, old_step, b, new_step)
+        verdict = [f"{rule.statistic:.5f}", "yes" if rule.passes else "not shown", p_value(rule.p)]
         both = paired(_by_seed(old, a), _by_seed(new, b))
         steps = paired(_crossed_by_seed(old, target), _crossed_by_seed(new, target))
         gained = [_gain(old, new, target, field, form) for field, form in ((2, ".1f"), (3, ".2f"))]
@@ -148,9 +159,7 @@ def pair_table(sized: Sized, target: float) -> tuple[list[str], list[list[str]]]
                 f"{new.name} against {old.name}",
                 _with_interval(test, ".5f"),
                 p_value(test.p),
-                f"{rule.statistic:.5f}",
-                "yes" if rule.passes else "not shown",
-                p_value(rule.p),
+                *(verdict if max(len(a), len(b)) > 1 else ["-"] * len(verdict)),
                 *gained,
                 f"{both.n}" if both else "-",
                 _with_interval(both, ".5f") if both else "-",

@@ -15,7 +15,7 @@ OPTIMIZERS = {  # name in the log: label and colour (Okabe and Ito's colour-blin
     "normuon": ("NorMuon", "#009E73"),
     "unormuon": ("U-NorMuon", "#CC79A7"),
 }
-STYLES = ("-", "--", ":", "-.")  # groups of one colour take these in turn
+STYLES = ("-", "--", ":", "-.")  # groups of one colour take these in turn, then other tints of it
 Groups = dict[str, list[Run]]
 
 
@@ -50,37 +50,56 @@ def group_runs(runs: list[Run]) -> Groups:
     every = [shared_settings(group[0]) for group in groups]
     keys = dict.fromkeys(key for one in every for key in one)
     differ = [key for key in keys if len({json.dumps(one.get(key)) for one in every}) > 1]
-    labels = [
-        ", ".join(
-            [
-                look(one["optimizer"])[0],
-                *(
-                    f"{one.get(key)}" if key == "GPUs" else f"{key} {one.get(key)}"
-                    for key in differ
-                    if key != "optimizer"
-                ),
-            ]
-        )
-        for one in every
-    ]
+    common = set.intersection(*({*one.get("set", ())} for one in every)) if every else set()
+    labels = [_label(one, differ, common) for one in every]
+    for place, label in enumerate(labels):
+        labels[place] += f" ({place})" if label in labels[:place] else ""  # no group is lost
     return dict(zip(labels, groups, strict=True))
 
 
-def looks(groups: Groups, band: bool = True) -> dict[str, dict[str, Any]]:
-    """Return the colour (its optimizer's), line style and label of each group.
+def _label(settings: dict[str, Any], differ: list[str], common: set[str]) -> str:
+    """Name the optimizer and the settings that differ, `--set fc.lr=1` among them as fc.lr 1."""
+    words = [look(settings["optimizer"])[0]]
+    for key in differ:
+        if key == "set":
+            given = [text for text in settings.get(key, ()) if text not in common]
+            words += [text.replace("=", " ", 1) for text in given]
+        elif key in settings and key != "optimizer":
+            words.append(f"{settings[key]}" if key == "GPUs" else f"{key} {settings[key]}")
+    return ", ".join(words)
 
-    The label explains the band that mean_line draws, or counts the runs if `band` is false.
+
+def tint(colour: str, rounds: int) -> str:
+    """Return the colour itself, then shades of it: darker, lighter, still darker and so on."""
+    share, end = 0.6 ** ((rounds + 1) // 2), 255 * (rounds % 2 == 0)
+    parts = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+    return "#" + "".join(f"{round(share * part + (1 - share) * end):02X}" for part in parts)
+
+
+def looks(
+    groups: Groups, band: bool = True, styles: int = len(STYLES)
+) -> dict[str, dict[str, Any]]:
+    """Return the colour (its optimizer's), line style and label of each group, no two alike.
+
+    The label explains the band that mean_line draws, or counts the runs if `band` is false. Groups
+    of one optimizer take so many line styles in turn, and then another tint of the colour.
     """
     found: dict[str, dict[str, Any]] = {}
+    seen: list[str] = []
     rest = [colour for _, colour in OPTIMIZERS.values()]
     for label, runs in groups.items():
         colour = look(runs[0].meta.get("optimizer", ""))[1]
         if colour == "black":
             colour = rest[len(found) % len(rest)]
-        style = STYLES[sum(other["color"] == colour for other in found.values()) % len(STYLES)]
+        rounds, style = divmod(seen.count(colour), styles)
+        seen.append(colour)
         count = f" (mean of {len(runs)}, band: sd)" if band else f" ({len(runs)} runs)"
         count = count if len(runs) > 1 else ""
-        found[label] = {"color": colour, "linestyle": style, "label": label + count}
+        found[label] = {
+            "color": tint(colour, rounds),
+            "linestyle": STYLES[style],
+            "label": label + count,
+        }
     return found
 
 

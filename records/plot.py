@@ -50,7 +50,7 @@ def draw_crossings(groups: Groups, target: float) -> Any | None:
         for label, runs in groups.items()
     }
     steps = {label: [step for step in some if not isnan(step)] for label, some in found.items()}
-    for row, (label, style) in enumerate(looks(groups, band=False).items()):
+    for row, (label, style) in enumerate(looks(groups, False, styles=1).items()):
         axes.plot(steps[label], [row] * len(steps[label]), "o", color=style["color"], alpha=0.6)
         if steps[label]:
             axes.plot(fmean(steps[label]), row, "|", ms=22, mew=2, color=style["color"])
@@ -119,7 +119,7 @@ def draw_diagnostics(groups: Groups) -> Any | None:
     figure, panels = new_figure("Neurons of the MLP, mean over the layers", 2, 2)
     seen = False
     for axes, title in zip(panels, [*DIAGNOSES, "share of neurons that never fire"], strict=True):
-        for label, style in looks(groups).items():
+        for label, style in looks(groups, styles=1).items():
             for matrix, line in (("fc", "-"), ("proj", "--")):
                 curves = [_diagnosis(run, matrix, title) for run in groups[label]]
                 if all(curves):
@@ -137,10 +137,13 @@ def read_groups(names: list[str]) -> list[Group]:
 
     Incomplete runs are left out, unless there are no others.
     """
-    entries = [group(name) for name in names if name.startswith("track_")]
-    runs = [run for name in names if not name.startswith("track_") for run in group(name).runs]
+    found = [group(name) for name in names]
+    place = {id(run): place for place, one in enumerate(found) for run in one.runs}
+    runs = [run for one in found if not one.published for run in one.runs]
     complete = [run for run in runs if run.status == "complete"] or runs
-    groups = [Group(label, some) for label, some in group_runs(complete).items()] + entries
+    groups = [Group(label, some) for label, some in group_runs(complete).items()]
+    groups += [one for one in found if one.published]
+    groups.sort(key=lambda one: min(place[id(run)] for run in one.runs))  # the order of the names
     for one in groups:
         one.last_step()  # ValueError if the runs share no step, so that there is no mean
         for run in one.runs:

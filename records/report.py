@@ -1,7 +1,8 @@
 """Write one HTML file about runs: `python -m records report PATHS... --out report.html`.
 
 It holds statistics, pictures and a table of all runs, and needs no network and no script. PATHS are
-those of plot; runs that differ only in the seed form a group. (`python -m records.pages` writes the
+those of plot; runs that differ only in the seed form a group, and each group is compared with those
+that come after it. (`python -m records.pages` writes the
 tables of this repository.)
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from records.caveats import check_repeats, warnings
-from records.compare import loss_table, pair_table, target_table
+from records.compare import against_table, loss_table, target_table
 from records.figures import rendered
 from records.groups import Group, group, target_of
 from records.plot import check_folder, history, pictures, read_groups
@@ -71,7 +72,7 @@ def statistics(groups: list[Group], target: float | None) -> list[str]:
         "Loss at one step": loss_table(sized, target),
         f"Steps and seconds to {target:g}": target_table(groups, target),
     }
-    tables |= {"Each pair of groups": pair_table(sized, target)} if len(groups) > 1 else {}
+    tables |= {"Each pair of groups": against_table(sized, target)} if len(groups) > 1 else {}
     caveats = "".join(f"<li>{escape(warning)}</li>" for warning in warnings(sized, target))
     return [
         "<h2>Statistics</h2>",

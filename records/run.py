@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
+from time import time
 from typing import Any, NamedTuple
 
 from records.crossing import Crossing, crossing
@@ -10,6 +11,8 @@ from records.crossing import Crossing, crossing
 # The fields of the config that change no loss, for older logs, whose meta line has no list "free":
 # all of records/prose and records/demo, and records/bench/track3_200_8xH200.txt.
 OLD_FREE = ("seed", "trials", "log", "data", "wandb", "device", "diagnostics", "checkpoint", "eval")
+
+IDLE = 600  # seconds without a new line, after which a log without an end line is of a dead run
 
 
 class Point(NamedTuple):
@@ -49,8 +52,22 @@ class Run:
 
     @property
     def status(self) -> str:
-        """Return the status of the end line; a log without one is of a run that crashed."""
+        """Return the status of the end line, or "crashed" if there is none: no clock is read."""
         return "crashed" if self.end is None else self.end["status"]
+
+    @property
+    def state(self) -> str:
+        """Return the status as of now: a run without an end line runs on, or it has stopped.
+
+        It runs if its log changed within the last 10 minutes, or within three times the training
+        time between its last two validations.
+        """
+        if self.end is not None:
+            return self.status
+        seconds = [point.train_time_s for point in self.points[-2:]]
+        patience = max(IDLE, 3 * (seconds[-1] - seconds[0]))
+        fresh = self.path.exists() and time() - self.path.stat().st_mtime < patience
+        return "running" if fresh else f"stopped at step {self.final.step}"
 
     @property
     def free(self) -> set[str]:

@@ -1,10 +1,15 @@
 """Show runs as a table: logs, folders, globs, `track_3` (the published leaderboard), `track_3#36`.
 
-A dash stands for an unknown value; a NaN loss is printed as NaN, with the status of its run. The
-leaderboard prints the claimed mean or n as well if it differs from the one in the logs.
+A dash stands for an unknown value; a NaN loss is printed as NaN, with the status of its run. A log
+without an `end:` line is of a run that is running if the log changed within the last 10 minutes (or
+within three times the training time between its last two validations); otherwise the run has
+stopped at the step of its last validation. The leaderboard prints the claimed mean or n as well if
+it differs from the one in the logs. A narrow terminal gets fewer columns, and --wide gets them all.
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from textwrap import fill, wrap
 
 from records.groups import Group, group, target_of
 from records.published import Entry, track_3
@@ -28,21 +33,76 @@ LEADERBOARD = [
     "method",
 ]
 
+SPARE = (  # columns that a narrow terminal does without, by the beginnings of their titles
+    "hardware",
+    "tokens/s",
+    "optimizer",
+    "seed",
+    "best loss",
+    "record",
+    "date",
+    "p",
+    "sd",
+    "metric",
+    "seconds to",
+    "ms per step",
+)
+FOLDED = 14  # characters of a cell that count there: longer ones are folded
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", help="a log, a folder, a 'glob', track_3 or track_3#N")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument("--wide", action="store_true", help="print all columns on any terminal")
     parser.add_argument("--target", type=float, help="the loss to cross (default: the logs' own)")
 
 
 def run(args: Namespace) -> None:
     if args.runs == ["track_3"]:
-        say(LEADERBOARD, [_entry_row(entry) for entry in track_3().values()], args.markdown)
-        print("".join(f"{note}\n" for note in map(_note, track_3().values()) if note), end="")
+        notes = [note for note in map(_note, track_3().values()) if note]
+        _print(LEADERBOARD, [_entry_row(entry) for entry in track_3().values()], notes, args)
         return
     groups = [group(name) for name in args.runs]
-    say(*run_table(groups, target_of(groups, args.target)), args.markdown)
-    print("".join(f"{line}\n" for line in read_back(groups)), end="")
+    _print(*run_table(groups, target_of(groups, args.target)), read_back(groups), args)
+
+
+def _print(
+    header: Sequence[str], rows: Sequence[Sequence[str]], notes: list[str], args: Namespace
+) -> None:
+    """Print a table and the notes below it, as wide as the terminal; a pipe gets whole lines."""
+    if not args.markdown and not args.wide:
+        from rich.console import Console  # imported here: Markdown needs the standard library only
+
+        if (terminal := Console()).is_terminal:
+            header, rows, dropped = fitted(header, rows, terminal.width)
+            notes = [*([f"no room for: {dropped} (see --wide)"] if dropped else []), *notes]
+            whole = dict(break_long_words=False, break_on_hyphens=False)
+            notes = [fill(note, terminal.width, subsequent_indent="  ", **whole) for note in notes]
+    say(header, rows, args.markdown)
+    print("".join(f"{note}\n" for note in notes), end="")
+
+
+def fitted(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> tuple[list[str], list[list[str]], str]:
+    """Drop spare columns until the table fits, and shorten and break the titles that are left.
+
+    Returns the titles of the dropped columns as well. Columns that are all dashes do not count.
+    """
+    kept = {
+        title: (max(min(FOLDED, max(map(len, cells))), *map(len, title.split())), cells)
+        for title, *cells in zip(header, *rows, strict=True)
+        if {*cells} != {"-"}
+    }
+    spare = [title for start in SPARE for title in kept if title.startswith(start)]
+    dropped = []
+    while spare and sum(size + 2 for size, _ in kept.values()) > width:
+        dropped.append(spare.pop(0))
+        del kept[dropped[-1]]
+    old, new = "(interpolated)", "(exact)" if dropped else "(interpolated)"
+    titles = ["\n".join(wrap(title.replace(old, new), n)) for title, (n, _) in kept.items()]
+    cells = zip(*(cells for _, cells in kept.values()), strict=True)
+    return titles, [[*row] for row in cells], ", ".join(dropped)
 
 
 def run_table(groups: list[Group], target: float | None) -> tuple[list[str], list[list[str]]]:
@@ -91,7 +151,7 @@ def _run_row(run: Run, target: float | None) -> list[str]:
     tokens = run.meta.get("config", {}).get("batch_tokens")
     return [
         run.name,
-        run.status,
+        run.state,
         f"{last.step}/{last.total_steps or '?'}",
         f"{last.val_loss:.5f}",
         f"{best.val_loss:.5f} ({best.step})",

@@ -9,15 +9,17 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
-import uuid
-from collections.abc import Sequence
+import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .crossing import crossing
+from .progress import Progress
 
 RULE, MARKER = "=" * 100, "# ==================== "
 
@@ -119,29 +121,57 @@ def output_of(*command: str, folder: Path) -> str:
 ####################################################################################################
 
 
-def check_outputs(
-    log: str, checkpoint: str, seeds: Sequence[int], wandb: bool
-) -> dict[int, tuple[Path, Path | None]]:
-    """Return the log and the checkpoint of each seed; of several trials, names hold the seeds.
+def check_outputs(config: dict) -> dict[int, tuple[Path, Path | None]]:
+    """Return the log and the checkpoint of each trial, by seed.
 
-    Raises ValueError if a log would be overwritten, or an output cannot be written.
+    Default logs are named after preset, optimizer, seed and time; with one name for several trials,
+    each file has its seed in its name. Raises ValueError if an output would overwrite another file
+    or cannot be written.
     """
+    log, checkpoint, first = config["log"], config["checkpoint"], config["seed"]
+    name = f"{config['preset']}_{config['optimizer']}_seed{{}}_{time.strftime('%Y%m%d_%H%M%S')}"
 
-    def path_of(name: str, seed: int) -> Path:
-        path = Path(name)
-        return path.with_suffix(f".seed{seed}{path.suffix}") if len(seeds) > 1 else path
+    def path_of(given: str, seed: int) -> Path:
+        path = Path(given or f"logs/{name.format(seed)}.txt")
+        several = given and config["trials"] > 1
+        return path.with_suffix(f".seed{seed}{path.suffix}") if several else path
 
-    log, paths = log or f"logs/{uuid.uuid4()}.txt", {}
-    for seed in seeds:
+    paths = {}
+    for seed in range(first, first + config["trials"]):
         path, saved = path_of(log, seed), path_of(checkpoint, seed) if checkpoint else None
         if path.exists() or any(parent.is_file() for parent in path.parents):
             raise ValueError(f"{path} exists already or lies below a file: choose another --log")
         if saved and saved.is_dir():
             raise ValueError(f"{saved} is no file: choose another --checkpoint")
+        if saved and saved.resolve() == path.resolve():
+            raise ValueError(f"{path} is both --log and --checkpoint: choose two names")
+        for flag, output in (("--log", path), ("--checkpoint", saved)):
+            folder = output and next(parent for parent in output.parents if parent.exists())
+            if folder and not os.access(folder, os.W_OK):
+                raise ValueError(f"{output} cannot be written in {folder}: choose another {flag}")
         paths[seed] = path, saved
-    if wandb and importlib.util.find_spec("wandb") is None:
+    if config["wandb"] and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs a package that is not installed: run pip install wandb")
     return paths
+
+
+def say_interrupted(paths: dict[int, tuple[Path, Path | None]], rank: int) -> int:
+    """Say on rank 0 what was saved and how to go on; returns the exit code of Ctrl-C."""
+    if rank > 0:
+        return 130
+    saved = [str(path) for _, path in paths.values() if path and path.is_file()]
+    found = f"{', '.join(saved)} saved: the same command with another --log resumes"
+    nothing = "nothing saved: --checkpoint FILE saves at each validation"
+    print(f"\ntrain_gpt.py: interrupted; {found if saved else nothing}", file=sys.stderr)
+    return 130
+
+
+SENTENCES = {  # said on the console for these records
+    "resumed": "resumed from {checkpoint} at step {step}",
+    "nonfinite": "step {step}: gradients were not finite, in so many steps: {gradients}",
+    "target": "target {loss} reached at step {step}, by interpolation at {crossing_step} "
+    "after {crossing_time} s",
+}
 
 
 class Log:
@@ -168,6 +198,7 @@ class Log:
         **facts: object,
     ) -> None:
         self.path, self.config, self.seed, self.file, self.wandb = path, config, seed, None, None
+        self.progress = Progress(config["steps"], config["batch_tokens"], world_size)
         if path is None:
             return
         git = dict(folder=script.parent)
@@ -192,34 +223,43 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("x", buffering=1)
         self.file.write(source + "\n".join(filter(None, header)) + "\n")
+        size = f"{config['steps']} steps of {config['batch_tokens']:,} tokens"
+        self.say(f"{config['preset']}, {config['optimizer']}, seed {seed}: {size}", file=False)
+        self.say(f"on {world_size} x {device}; log: {path}", file=False)
+        for part, kernel in facts.get("kernels", {}).items():
+            self.say(f"{part}: {kernel}", file=False)
         if wandb:
             import wandb as client
 
             self.wandb = client.init(project="aurora-speedrun", name=path.stem, config=meta)
 
-    def say(self, text: str, file: bool = True, console: bool = True) -> None:
+    def say(self, text: str, file: bool = True) -> None:
+        """Print a line on the console and, if `file`, write it to the log."""
         if self.file:
-            if console:
-                print(text, flush=True)
+            self.progress.clear()
+            print(text, flush=True)
             self.file.write(text + "\n" if file else "")
 
-    def record(self, key: str, console: bool = True, **values: object) -> None:
-        """Write `key: {values as JSON}`."""
+    def record(self, key: str, **values: object) -> None:
+        """Write `key: {values as JSON}`; the console gets a sentence of SENTENCES, if any."""
         text = json.dumps(values, default=str)
-        self.say(f"{key}: {text}", console=console)
+        if self.file:
+            self.file.write(f"{key}: {text}\n")
+        if key in SENTENCES:
+            self.say(SENTENCES[key].format(**values), file=False)
         if self.wandb:
             self.wandb.summary[key] = text
 
-    def step(self, step: int, seconds: float, val_loss: float | None = None) -> None:
-        """Write a validated step; a step without a loss goes to the console only, with the time
-        left in minutes and seconds."""
-        average, steps = seconds / step if step else math.nan, self.config["steps"]
-        times = f"train_time:{seconds:.3f}s step_avg:{1000 * average:.2f}ms"
-        if val_loss is None:
-            left = round(average * (steps - step))
-            self.say(f"step:{step}/{steps} {times} left:{left // 60}:{left % 60:02}", file=False)
-            return
-        self.say(f"step:{step}/{steps} val_loss:{val_loss:.5f} {times}")
+    def trained(self, step: int, seconds: float, loss: Tensor, lr_factor: float) -> None:
+        """Show a step on the console: its summed loss on this rank, and its learning rate."""
+        if self.file:
+            self.progress.show(step, seconds, loss, lr_factor)
+
+    def validated(self, step: int, seconds: float, val_loss: float) -> None:
+        """Write a validation."""
+        average = 1000 * seconds / step if step else math.nan
+        times = f"train_time:{seconds:.3f}s step_avg:{average:.2f}ms"
+        self.say(f"step:{step}/{self.config['steps']} val_loss:{val_loss:.5f} {times}")
         if self.wandb:
             self.wandb.log({"val_loss": val_loss, "train_time": seconds}, step=step)
 
@@ -245,15 +285,16 @@ class Log:
         self.record("end", status=status, peak_gib=peak, **facts)
 
     def close(self, status: str, step: int, loss: float, seconds: float) -> None:
-        """Say on the console how the trial ended, and close the log."""
+        """Say on the console how the trial ended and what comes next, and close the log."""
         target = self.config["target"]
-        verdict = "reached" if loss <= target else "missed"
+        reached = f"target {target:.5f} {'reached' if loss <= target else 'missed'}"
         self.say(
             f"{self.config['optimizer']}, seed {self.seed}: {status}, {step} steps in "
-            f"{seconds:.1f} s; loss {loss:.5f}, target {target:.5f} {verdict}; "
+            f"{seconds:.1f} s; loss {loss:.5f}, {reached if target else 'no target'}; "
             f"the log is {self.path}",
             file=False,
         )
+        self.say(f"next: python -m records show {self.path}", file=False)
         if self.file:
             self.file.close()
         if self.wandb:

@@ -58,7 +58,7 @@ def test_a_finished_checkpoint_trains_nothing_more_and_says_complete(
     before = Path("run.pt").read_bytes()
     assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "b.txt")) == 0
     assert Path("run.pt").read_bytes() == before
-    assert "complete, 4 steps" in capsys.readouterr().out.splitlines()[-1]
+    assert "complete, 4 steps" in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_each_trial_has_its_own_checkpoint(tiny: Callable) -> None:

@@ -42,7 +42,7 @@ DEMO = (
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 PACKAGES = ("data", "models", "optimizers", "records")
 SOURCES = ["train_gpt.py", "data/loader.py"]
-SOURCES += [f"records/{name}.py" for name in ("checkpoint", "crossing", "writer")]
+SOURCES += [f"records/{name}.py" for name in ("checkpoint", "crossing", "progress", "writer")]
 SOURCES += [f"optimizers/{path.name}" for path in (ROOT / "optimizers").glob("*.py")]
 SOURCES += [f"models/{p.name}" for p in (ROOT / "models").glob("*.py") if p.name != "__init__.py"]
 
@@ -145,7 +145,9 @@ def test_a_run_ends_with_a_sample_of_text_on_the_console_only(
     out, log, _ = original
     assert "A sample of the model's text:\ndef " in out
     assert "A sample" not in log.path.read_text().split(RULE)[-1]
-    assert out.rstrip().endswith(f"the log is {log.path}")
+    assert f"the log is {log.path}\n" in out
+    assert out.rstrip().endswith(f"next: python -m records show {log.path}")
+    assert "optim: {" not in out and "end: {" not in out, "JSON goes to the file only"
 
 
 # ---- replay ----------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(runs: list[Run], tmp_
     assert {label: len(some) for label, some in groups.items()} == {"Muon": 2, "Aurora": 1}
     more = write_log(tmp_path, "muon", 3, 3.2, lr_scale=2.0)
     assert [*group_runs([*runs, more])] == [
-        "Muon, lr_scale None",
-        "Aurora, lr_scale None",
+        "Muon",
+        "Aurora",
         "Muon, lr_scale 2.0",
     ]
 
@@ -84,6 +84,52 @@ def test_groups_of_one_optimizer_share_its_colour_and_not_the_line_style(
     assert one["color"] == two["color"] != aurora["color"]
     assert one["linestyle"] != two["linestyle"]
     assert one["label"].endswith("(mean of 2, band: sd)") and "mean" not in two["label"]
+
+
+def test_the_runs_of_a_sweep_are_labelled_by_what_differs(tmp_path: Path) -> None:
+    """A label was "set ['wrap=1', 'muon.lr=0.02']", and the fifth line looked like the first."""
+    runs = [
+        write_log(
+            tmp_path, "muon", seed, 3.2, lr_scale=scale, set=["fc.rounds=2", f"muon.lr={rate}"]
+        )
+        for seed, (scale, rate) in enumerate(
+            [(scale, rate) for scale in (0.7, 1.0) for rate in (0.02, 0.03, 0.05)]
+        )
+    ]
+    groups = group_runs([*runs, write_log(tmp_path, "aurora", 9, 3.1, lr_scale=1.0)])
+    assert [*groups][:2] == [
+        "Muon, lr_scale 0.7, fc.rounds 2, muon.lr 0.02",
+        "Muon, lr_scale 0.7, fc.rounds 2, muon.lr 0.03",
+    ]
+    assert [*groups][-1] == "Aurora, lr_scale 1.0"
+    assert [*group_runs(runs)][-1] == "Muon, lr_scale 1.0, muon.lr 0.05", "rounds are the same"
+    found = looks(groups).values()
+    assert len({(one["color"], one["linestyle"]) for one in found}) == 7
+    assert len({one["color"] for one in looks(groups, styles=1).values()}) == 7
+    dots = draw_crossings(groups, 3.28).axes[0].lines[::2]
+    assert len({line.get_color() for line in dots}) == 7
+
+
+def test_groups_whose_labels_agree_are_both_drawn(tmp_path: Path) -> None:
+    """The order of --set counts where both name one group; the second group was lost."""
+    given = ["muon.lr=0.02", "fc.lr=0.03"]
+    runs = [
+        write_log(tmp_path, "muon", seed, 3.2, set=words)
+        for seed, words in enumerate((given, given[::-1]))
+    ]
+    assert [*group_runs(runs)] == ["Muon", "Muon (1)"]
+
+
+def test_diagnostics_tell_groups_of_one_optimizer_apart(tmp_path: Path) -> None:
+    """The line style tells fc from proj, so that both groups had the same two lines."""
+    values = {"update": {"cv": 1.0}, "leverage": {"below": [0.5]}, "orthogonality": 0.1}
+    line = {"step": 100, "matrices": {"a.fc.w": values, "a.proj.w": values}, "neurons": {}}
+    runs = [
+        replace(write_log(tmp_path, "muon", seed, 3.2, lr_scale=scale), extra={"diag": [line]})
+        for seed, scale in enumerate((0.7, 1.0))
+    ]
+    lines = draw_diagnostics(group_runs(runs)).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 4
 
 
 def test_a_line_is_the_mean_over_seeds_with_a_band_of_one_sd(runs: list[Run]) -> None:

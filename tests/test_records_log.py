@@ -1,7 +1,9 @@
 """The log parser against made-up logs that hold every trap we know of."""
 
 import json
+import os
 from pathlib import Path
+from time import time
 
 import pytest
 
@@ -75,6 +77,28 @@ def test_a_log_without_end_is_a_crash(tmp_path: Path) -> None:
     """A leaderboard accepted a score whose only log was a crash (parameter-golf#1133)."""
     run = parse_log(write_log(tmp_path / "a.txt", STEPS[:3]))
     assert run.status == "crashed" and run.end is None and run.points[-1].step == 125
+
+
+@pytest.mark.parametrize(
+    ("apart", "idle", "state"),
+    [
+        (66, 500, "running"),
+        (66, 700, "stopped at step 125"),
+        (900, 2600, "running"),
+        (900, 2800, "stopped at step 125"),
+    ],
+)
+def test_a_run_whose_log_still_grows_is_running(
+    tmp_path: Path, apart: int, idle: int, state: str
+) -> None:
+    """Every run was called crashed until its last line was written."""
+    steps = [*STEPS[:2], STEPS[2].replace("66.065", f"{apart}.065")]
+    path = write_log(tmp_path / "a.txt", steps)
+    os.utime(path, (time() - idle,) * 2)
+    assert parse_log(path).state == state
+    assert parse_log(write_log(path, [*STEPS, END])).state == "complete"
+    path.unlink()
+    assert parse_log(write_log(path, STEPS[:1])).state == "running", "one validation is enough"
 
 
 def test_the_reason_of_an_early_end_is_the_status(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The HTML report: complete in one file, and a real browser shows its pictures."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         run = write_log(folder / "logs", optimizer, seed, loss)
     run.path.write_text(run.path.read_text().replace("end: ", "X"))
+    os.utime(run.path, (0, 0))  # long ago
     return folder
 
 
@@ -71,7 +73,7 @@ def test_its_statistics_are_those_of_the_logs(report: str, folder: Path) -> None
     row = next(row for row in cells(report) if row[0] == "Muon")
     assert row[1:5] == ["400", "2", f"{summary(losses).mean:.5f}", f"{summary(losses).sd:.5f}"]
     assert f"{precision(losses).statistic:.5f}" in row
-    assert any(row[0] == "Muon against Aurora" for row in cells(report))
+    assert any(row[0] == "Aurora against Muon" for row in cells(report))
 
 
 def test_tables_have_headings_and_no_empty_columns(report: str) -> None:
@@ -102,7 +104,27 @@ def test_the_settings_read_back_are_in_it(tmp_path: Path) -> None:
 
 def test_a_run_that_crashed_is_listed_and_not_counted(report: str) -> None:
     assert next(row for row in cells(report) if row[0] == "Aurora")[2] == "2"
-    assert next(row for row in cells(report) if row[0] == "aurora_3")[1] == "crashed"
+    assert next(row for row in cells(report) if row[0] == "aurora_3")[1] == "stopped at step 400"
+
+
+@pytest.mark.parametrize("names", [("muon_1", "aurora_1"), ("aurora_1", "muon_1")])
+def test_groups_are_compared_in_the_order_given(
+    folder: Path, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    """Of `A B` it said B against A. With one run each it called a difference of noise better."""
+    paths = [str(folder / f"logs/{name}.txt") for name in names]
+    main(["report", *paths, "track_3#36", "--out", str(tmp_path / "report.html")])
+    text = (tmp_path / "report.html").read_text()
+    one, other = (name.removesuffix("_1").title() for name in names)
+    wanted = [f"{one} against {other}", f"{one} against track_3#36", f"{other} against track_3#36"]
+    (pairs,) = [part for part in text.split("<table>") if "new against old" in part]
+    header, *rows = cells(pairs.split("</table>")[0])
+    assert [row[0] for row in rows] == wanted
+    assert [row[header.index("better")] for row in rows] == ["-", "yes", "yes"]
+    gained = {"Aurora": "0.10000", "Muon": "-0.10000"}[one]
+    assert rows[0][header.index("loss gained")] == gained
+    main(["report", "track_3#36", *paths, "--out", str(tmp_path / "report.html")])
+    assert f"<td>track_3#36 against {one}</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_the_same_logs_give_the_same_file(report: str, folder: Path) -> None:

@@ -305,5 +305,83 @@ def test_the_page_on_submitting_is_short_and_its_command_is_understood(
     assert train_gpt.parse_config(parse_log("logs/aurora/aurora_seed8.txt").meta["argv"]).seed == 8
 
 
-def test_it_has_at_most_200_lines() -> None:
-    assert (ROOT / "tools/run_many.py").read_text().count("\n") <= 200
+def test_it_has_at_most_260_lines() -> None:
+    """200 before grids."""
+    assert (ROOT / "tools/run_many.py").read_text().count("\n") <= 260
+
+
+def test_a_grid_is_crossed_with_optimizers_and_seeds_and_names_the_runs(
+    stub: Path, capsys: pytest.CaptureFixture
+) -> None:
+    grid = "--grid lr_scale=0.7,1 --grid muon.weight_decay=0.025,5e-2 --grid adamw.lr=.1".split()
+    assert run_many.main([*BOTH, *grid, "--", "--steps", "4", "--checkpoint", "{run}.pt"]) == 0
+    arms = [f"adamw_lr-scale{scale}_lr.1" for scale in ("0.7", "1")] + [
+        f"muon_lr-scale{scale}_weight_decay{decay}_adamw.lr.1"
+        for scale in ("0.7", "1")
+        for decay in ("0.025", "5e-2")
+    ]
+    names = [f"{arm}_seed{seed}" for arm in arms for seed in (1, 2)]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-12:]] == names
+    name = "muon_lr-scale0.7_weight_decay5e-2_adamw.lr.1_seed2"
+    words = f"--optimizer muon --seed 2 --log logs/x/{name}.txt --lr-scale 0.7"
+    words += " --set muon.weight_decay=5e-2 --set adamw.lr=.1 --steps 4"
+    argv = [*words.split(), "--checkpoint", f"{name}.pt"]
+    assert parse_log(f"logs/x/{name}.txt").meta["argv"] == argv
+    config = train_gpt.parse_config(argv)
+    assert config.lr_scale == 0.7 and [*config.set] == ["muon.weight_decay=5e-2", "adamw.lr=.1"]
+    words = parse_log(f"logs/x/{names[0]}.txt").meta["argv"]
+    assert "--set muon.weight_decay=0.025" not in " ".join(words)
+    assert run_many.main([*BOTH, *grid, "--", "--steps", "4", "--checkpoint", "{run}.pt"]) == 0
+    assert " start " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--grid lr-scale", "--grid lr-scale: expected NAME=VALUE,VALUE"),
+        ("--grid lr-scale=", "expected NAME=VALUE,VALUE"),
+        ("--grid data=a/b,c", "expected NAME=VALUE,VALUE"),
+        ("--grid seed=1,2", "--seed cannot be swept"),
+        ("--grid checkpoint=a.pt", "--checkpoint cannot be swept"),
+        ("--grid lr-scale=1,1", "a name or a value is there twice"),
+        ("--grid fc.lr=1 --grid fc.lr=2", "a name or a value is there twice"),
+        ("--grid normuon.lr=1", "normuon is not among --optimizers"),
+        ("--grid lr-scale=1 -- --lr-scale=2", "lr-scale stands after -- as well"),
+        ("--grid fc.lr=1 -- --set fc.lr=2", "fc.lr stands after -- as well"),
+        ("--grid fc.lr=1 -- --set=fc.lr=2", "fc.lr stands after -- as well"),
+        ("--grid lr-scale=1,x", "argument --lr-scale: invalid float value: 'x'"),
+        ("--grid lr-scales=1,2", "unrecognized arguments: --lr-scales 1"),
+    ],
+)
+def test_a_grid_that_means_nothing_is_one_sentence(
+    stub: Path, capsys: pytest.CaptureFixture, words: str, said: str
+) -> None:
+    assert run_many.main([*BOTH, *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and out == "" and files() == []
+
+
+def test_a_plan_has_no_grid(stub: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write_plan(tmp_path / "code")
+    with pytest.raises(SystemExit, match="2"):
+        run_many.main(["--plan", str(path), "--grid", "lr-scale=1,2"])
+    assert "--grid needs --optimizers and --seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", [0, 3, 8])
+def test_a_reader_that_leaves_ends_no_run_and_leaves_no_traceback(
+    stub: Path, tmp_path: Path, lines: int
+) -> None:
+    """`run_many.py ... | head` ended in a BrokenPipeError, and with it the runs that were left."""
+    program = (
+        f"import sys; sys.path.append({str(ROOT / 'tools')!r}); import run_many, torch; "
+        f"from pathlib import Path; run_many.TRAINER = Path({str(stub)!r}); "
+        "torch.cuda.device_count = lambda: 0; "
+        f"sys.exit(run_many.main({BOTH!r}))"
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, **pipes)
+    assert all(process.stdout.readline() for _ in range(lines))
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 0
+    assert files() == sorted(f"{name}.{kind}" for name in NAMES for kind in ("txt", "console"))

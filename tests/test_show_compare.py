@@ -1,6 +1,8 @@
 """`python -m records show` and `compare` on made-up logs and on the published leaderboard."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -140,7 +142,8 @@ def test_an_entry_shows_its_runs_at_the_claimed_step(capsys: pytest.CaptureFixtu
 def test_compare_is_what_the_statistics_say(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses, crossings, pairs = tables(output(capsys, "compare", "a", "b", "--markdown"))
+    losses, crossings, pairs = tables(output(capsys, "compare", "b", "a", "--markdown"))
+    losses, crossings = losses[::-1], crossings[::-1]
     old = list(LOSSES.values())
     new = [loss - 0.01 for loss in old]
     found, official = summary(old), precision(old)
@@ -348,9 +351,80 @@ def test_a_narrow_terminal_breaks_no_number(
     """In 80 columns "3.27710" stood as "3.2771" above "0"."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
-    text = output(capsys, "show", "a", "b")
+    text = output(capsys, "show", "a", "b", "--wide")
     assert all(cell in text for cell in ("3.27710", "(150.0)", "1,310,720", "300/300", "60.000"))
     assert "3.27000" in text and max(map(len, text.splitlines())) < 400
+
+
+def plain(text: str) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+
+
+def test_show_fits_80_columns(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirteen columns of six characters each folded every word of the table."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "muon_lr-scale0.7_weight_decay0.025_seed1"
+    (folder / "a/1.txt").rename(folder / f"a/{name}.txt")
+    path = folder / "a/2.txt"
+    path.write_text(path.read_text().replace("end: ", "X"))
+    os.utime(path, (0, 0))
+    for argv in (["a"], ["a", "b"], ["track_3"], ["track_3#36"]):
+        lines = plain(output(capsys, "show", *argv))
+        assert max(map(len, lines)) <= 80
+        assert any(line.startswith("no room for: ") for line in lines)
+        assert any(line.endswith("--wide)") for line in lines)
+    lines = plain(output(capsys, "show", "a"))
+    (row,) = [line for line in lines if "stopped" in line]
+    assert row.split("  ")[0] == "2" and "3.27990" in row and "200 (150.0)" in row
+    assert "400.00" in row and re.search(r"\bms per\b", "".join(lines[:3]))
+    assert "tokens/s" not in "".join(lines[:3]) and "(exact)" in "".join(lines[:3])
+    monkeypatch.setenv("COLUMNS", "200")
+    text = "\n".join(plain(output(capsys, "show", "a")))
+    assert "1,310,720" in text and name in text and "no room" not in text
+
+
+def test_compare_says_the_first_against_the_others(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README compares mine with a baseline, and was told what the baseline gains."""
+    pairs = tables(output(capsys, "compare", "b", "a", "track_3#36", "--markdown"))[2]
+    assert [row["new against old"] for row in pairs] == [
+        "b against a",
+        "b against track_3#36",
+        "a against track_3#36",
+    ]
+    assert pairs[0]["loss gained"].startswith("0.01000") and pairs[0]["better"] == "yes"
+    pair = tables(output(capsys, "compare", "a", "b", "--markdown"))[2][0]
+    assert pair["new against old"] == "a against b" and pair["better"] == "not shown"
+    assert pair["loss gained"].startswith("-0.01000") and pair["steps gained"].startswith("0.0")
+
+
+def test_one_seed_each_has_a_difference_and_no_verdict(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two single runs were "better: yes, p 1.2e-11" by a sigma that is only assumed."""
+    text = output(capsys, "compare", "b/1.txt", "a/1.txt", "--markdown")
+    (pair,) = tables(text)[2]
+    assert pair["loss gained"] == "0.01000" and pair["seconds gained"] == "15.00"
+    assert not {"pairwise rule", "better", "p", "Welch p"} & {*pair}
+    said = "warning: b/1.txt, a/1.txt: one run each, so their differences have no verdict"
+    assert said in text
+    text = output(capsys, "compare", "b/1.txt", "a", "--markdown")
+    assert tables(text)[2][0]["better"] == "yes" and "one run each" not in text
+
+
+def test_a_comparison_counts_the_runs_that_have_not_ended(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, age in ((1, None), (2, (0, 0))):
+        path = folder / f"a/{seed}.txt"
+        path.write_text(path.read_text().replace("end: ", "X"))
+        os.utime(path, age)
+    text = output(capsys, "compare", "a")
+    assert "a: 1 of 3 runs: running" in text and "1 of 3 runs: stopped at step 300" in text
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

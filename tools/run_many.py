@@ -1,13 +1,20 @@
 """Train each optimizer with each seed: one process per run, one run at a time on every visible GPU.
 
     python tools/run_many.py --optimizers adamw muon --seeds 1 2 --out logs/first -- --preset prose
+    python tools/run_many.py --optimizers muon --seeds 1 --grid lr-scale=0.7,1 --grid fc.lr=.02,.03
     python tools/run_many.py --plan records/prose/plan.json --minutes 20 -- --data data/prose
 
 Arguments after -- go to the trainer, with {run} replaced by the run's name, for example in
 --checkpoint {run}.pt. A run writes its log to OUT/muon_seed1.txt and its output to
 OUT/muon_seed1.console. A second start skips complete runs, renames the logs of the others
-(muon_seed1.txt.1) and trains these again. Ctrl-C ends all runs. The exit code is 1 if some logs are
-incomplete, 2 for bad input and 130 after Ctrl-C.
+(muon_seed1.txt.1) and trains these again. Ctrl-C ends all runs; if the reader of a pipe leaves, as
+in `| head`, the runs go on in silence. The exit code is 1 if some logs are incomplete, 2 for bad
+input and 130 after Ctrl-C.
+
+--grid NAME=VALUE,VALUE trains with each value, and several with each combination. NAME is a flag of
+the trainer without its dashes, or with a dot a hyperparameter for --set. A name that begins with an
+optimizer, such as muon.lr, counts for the runs of this optimizer only; adamw. is for all, as it
+steps the embedding of every run. Logs are named by the values: muon_lr-scale0.7_lr.02_seed1.txt.
 
 A plan is a JSON file of comparisons, worked off in their order and seed by seed, so that the arms
 of a seed run beside each other. Logs are NAME/ARM_seed1.txt beside it; complete ones are skipped:
@@ -24,10 +31,12 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import count, product
 from pathlib import Path
 
@@ -41,6 +50,7 @@ from records.log import Run, parse_log  # noqa: E402
 from records.writer import flatten  # noqa: E402
 
 TRAINER = ROOT / "train_gpt.py"
+GRID = re.compile(r"([a-zA-Z][\w.-]*)=([\w.+-]+(?:,[\w.+-]+)*)")
 OURS = {"--optimizer", "--seed", "--trials", "--log", "--log-file", "--eval"}  # refused after --
 
 
@@ -52,13 +62,58 @@ def complete(log: Path) -> Run | None:
         return None
 
 
+def say(*words: object) -> None:
+    """Print a line; if the reader of the pipe has left, print nothing from now on."""
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def read_grid(texts: list[str], optimizers: list[str], rest: list[str]) -> dict[str, list[str]]:
+    """Return the values by name; ValueError if a text is not as above, or sets something twice."""
+    grid: dict[str, list[str]] = {}
+    for text in texts:
+        if not (match := GRID.fullmatch(text)):
+            raise ValueError(f"--grid {text}: expected NAME=VALUE,VALUE, as in lr-scale=0.7,1")
+        name, values = match[1], match[2].split(",")
+        name = name if "." in name else name.replace("_", "-")
+        if f"--{name}" in OURS | {"--checkpoint", "--set"}:
+            raise ValueError(f"--grid {text}: --{name} cannot be swept; see run_many.py --help")
+        if name in grid or len({*values}) < len(values):
+            raise ValueError(f"--grid {text}: a name or a value is there twice, drop one of them")
+        given = {word.removeprefix("--set=").partition("=")[0] for word in rest}
+        if given & {name, f"--{name}"}:
+            raise ValueError(f"--grid {text}: {name} stands after -- as well, drop one of them")
+        if (owner := name.partition(".")[0]) in OPTIMIZERS and owner not in ("adamw", *optimizers):
+            raise ValueError(f"--grid {text}: {owner} is not among --optimizers, add it there")
+        grid[name] = values
+    return grid
+
+
+def points(grid: dict[str, list[str]], optimizer: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield a part of the log's name and the trainer's arguments for each point of the grid."""
+    others = {*OPTIMIZERS} - {optimizer, "adamw"}
+    names = [name for name in grid if name.partition(".")[0] not in others]
+    for values in product(*(grid[name] for name in names)):
+        pairs = [*zip(names, values, strict=True)]
+        label = "".join(f"_{name.removeprefix(f'{optimizer}.')}{value}" for name, value in pairs)
+        words = [["--set", f"{n}={v}"] if "." in n else [f"--{n}", v] for n, v in pairs]
+        yield label, sum(words, [])
+
+
 def cross(args: argparse.Namespace, rest: list[str]) -> dict[Path, list[str]]:
-    """Return the trainer's arguments by log; ValueError if a complete log had others."""
+    """Return the trainer's arguments by log; ValueError if flags or a complete log are wrong."""
+    from train_gpt import parse_config  # imported here: a plan may be for another trainer
+
     runs, source = {}, flatten(TRAINER)
-    for name, seed in product(args.optimizers, args.seeds):
-        log = args.out / f"{name}_seed{seed}.txt"
-        words = ["--optimizer", name, "--seed", str(seed), "--log", str(log)]
+    grid = read_grid(args.grid, args.optimizers, rest)
+    cases = [(name, *point) for name in args.optimizers for point in points(grid, name)]
+    for (name, label, swept), seed in product(cases, args.seeds):
+        log = args.out / f"{name}{label}_seed{seed}.txt"
+        words = ["--optimizer", name, "--seed", str(seed), "--log", str(log), *swept]
         runs[log] = words = words + [word.replace("{run}", log.stem) for word in rest]
+        parse_config(words)  # ValueError now, rather than after the runs before it
         if (run := complete(log)) and (run.meta.get("argv"), run.script) != (words, source):
             raise ValueError(f"{log} is of other arguments or code: choose another --out")
     return runs
@@ -111,7 +166,7 @@ def start(log: Path, words: list[str], gpu: str) -> subprocess.Popen:
         if path.exists():
             names = (path.with_name(f"{path.name}.{n}") for n in count(1))
             path.rename(next(name for name in names if not name.exists()))
-    print(time.strftime("%X"), "start", log.stem, "on", f"GPU {gpu}" if gpu else "CPU", flush=True)
+    say(time.strftime("%X"), "start", log.stem, "on", f"GPU {gpu}" if gpu else "CPU")
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     command = [sys.executable, "-u", str(TRAINER), *words]
     with console.open("x") as file:
@@ -137,16 +192,14 @@ def train(runs: dict[Path, list[str]], gpus: list[str], minutes: float = math.in
                     waiting, refused = ([], True) if code == 2 else (waiting, refused)
                     longest = max(longest, time.monotonic() - since)
                     said = log.with_suffix(".console").read_text(errors="replace").splitlines()
-                    print(
-                        f"{time.strftime('%X')} end {log.stem}, exit code {code},",
-                        f"{time.monotonic() - since:.0f} s:",
-                        *said[-1:],
-                        flush=True,
-                    )
+                    seconds = f"{time.monotonic() - since:.0f} s:"
+                    about = f"{time.strftime('%X')} end {log.stem}, exit code {code},"
+                    say(about, seconds, *[line for line in said if "next: " not in line][-1:])
                     del running[gpu]
     finally:
         for _, process, _ in running.values():
             process.terminate()  # this ends the trainer at once
+        for _, process, _ in running.values():
             process.wait()
     return refused
 
@@ -154,11 +207,16 @@ def train(runs: dict[Path, list[str]], gpus: list[str], minutes: float = math.in
 def main(argv: list[str]) -> int:
     cut, found = [*argv, "--"].index("--"), torch.cuda.device_count()
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="-- FLAGS go to the trainer"
+        description=__doc__,
+        epilog="-- FLAGS go to the trainer",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS)
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--plan", type=Path, help="a file of comparisons, instead of these two")
+    parser.add_argument(
+        "--grid", action="append", default=[], help="NAME=VALUE,VALUE, repeatable: sweep a setting"
+    )
+    parser.add_argument("--plan", type=Path, help="a file of comparisons, instead of these three")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end all runs after that")
     parser.add_argument(
         "--gpus", type=int, choices=range(1, found + 1), help="use only so many of the visible GPUs"
@@ -168,6 +226,8 @@ def main(argv: list[str]) -> int:
     gpus = (ids.split(",") if ids else [str(n) for n in range(found)])[:found][: args.gpus]
     if bool(args.plan) == bool(args.optimizers and args.seeds):
         parser.error("give --plan, or both --optimizers and --seeds")
+    if args.plan and args.grid:
+        parser.error("--grid needs --optimizers and --seeds; a plan names its runs itself")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     out, rest = args.plan.parent if args.plan else args.out, argv[cut + 1 :]
     try:
@@ -182,11 +242,12 @@ def main(argv: list[str]) -> int:
         print("run_many.py:", f"{out} is in use" if busy else error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("run_many.py: stopped; the same command trains what is missing", file=sys.stderr)
         return 130
     for log, run in (ended := {log: complete(log) for log in runs}).items():
         began = not args.plan or log.with_suffix(".console").exists()
         loss = f"{run.points[-1].val_loss:.5f}" if run else "failed" if began else "waiting"
-        print(f"{log.parent.name}/{log.stem}" if args.plan else f"{log.stem:24}", loss)
+        say(f"{log.parent.name}/{log.stem}" if args.plan else f"{log.stem:24}", loss)
     return 0 if all(ended.values()) else 2 if refused else 1
 
 

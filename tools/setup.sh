@@ -1,9 +1,10 @@
 # shellcheck shell=bash
 # run.sh and test.sh source this at the root, under set -e. It finds or makes a Python that has
 # their packages, and names it in $python. If python3 has them (in a container, on a cluster, in an
-# active environment) it is used as it is; otherwise .venv is. .venv/installed is written last and
-# lists the complete packages. An empty one marks an interrupted installation, which is made again.
-# A .venv without this file belongs to the user; packages are only added to it.
+# active environment) it is used as it is; otherwise .venv is, and the console says so, as other
+# commands must find the packages too. .venv/installed is written last and lists the complete
+# packages. An empty one marks an interrupted installation, which is made again. A .venv without
+# this file belongs to the user; packages are only added to it.
 
 python=python3
 
@@ -55,6 +56,10 @@ install() {  # LINES: install these requirements into .venv
         python3 -c 'import sys
 with open(".venv/lib/python{}.{}/site-packages/outer.pth".format(*sys.version_info), "w") as file:
     print(*(path for path in sys.path if "-packages" in path), sep="\n", file=file)'
+        # python3's own torchrun would start python3, which lacks the packages of .venv.
+        printf '#!/bin/sh\nexec "${0%%/*}/python" -m torch.distributed.run "$@"\n' \
+            >.venv/bin/torchrun
+        chmod +x .venv/bin/torchrun
     elif nvidia-smi -L >/dev/null 2>&1 || [ "$(uname)" != Linux ] || ! reachable $cpu/torch/; then
         cpu=  # the index of torch without CUDA, a tenth of the size
     fi
@@ -74,9 +79,13 @@ setup() {  # NAMES [EXTRA...]: make $python have the packages that match NAMES, 
     fi
     lines=$(wanted "${@:2}")
     [ $python != python3 ] || ! has "$(grep -E "^($1)" <<<"$lines")" || return 0
-    python=.venv/bin/python
     exec 9>>requirements.txt  # a lock: if two start at once, only one installs
     ! command -v flock >/dev/null || flock 9
     finished "$lines" || install "$lines"
     exec 9>&-
+    if [ $python = python3 ] && [ ! "${VIRTUAL_ENV:-}" -ef .venv ]; then
+        say "packages are in .venv: run \`source .venv/bin/activate\` before other commands of the" \
+            "README"
+    fi
+    python=.venv/bin/python
 }

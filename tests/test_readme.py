@@ -1,0 +1,210 @@
+"""The commands of README.md and of the other pages: their files exist, and their flags are known.
+
+Each command of a block of shell, and each one between backticks, is checked as it stands. Python
+scripts are run up to the end of their parsing of arguments, torchrun's own flags by torchrun's own
+parser, and the trainer's flags by train_gpt.parse_config. test_run_sh.py runs ./run.sh itself.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, in_fresh_python
+from torch.distributed.run import get_args_parser
+
+import records.__main__ as records_main
+import train_gpt
+from optimizers import OPTIMIZERS, Muon
+from records.verify import dead_links
+
+PAGES = ["README.md", "CONTRIBUTING.md", "records/README.md"]
+PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+WRITTEN = {"submission.py"}  # a page's command on a file that an earlier command writes
+PROGRAMS = ("python ", "torchrun ", "./", "pip ", "source ")
+
+
+class Parsed(BaseException):
+    """A script's arguments are right; it must not go on."""
+
+
+def commands(page: str) -> list[str]:
+    """Return the commands of a page in their order, without comments.
+
+    A sentence may name a command without its arguments: it must at least have a --help.
+    """
+    found = []
+    for block, inline in re.findall(r"^```sh\n(.*?)^```|`([^`\n]+)`", page, re.DOTALL | re.M):
+        inline = re.sub(r"^(python (-m records \w+|tools/\w+\.py))$", r"\1 --help", inline)
+        lines = block.replace("\\\n", " ").splitlines() or [inline] * inline.startswith(PROGRAMS)
+        for line in lines:
+            line = re.sub(r"(^|\s)#.*", "", line)
+            found += [one.strip() for one in re.split(r"&&|;", line) if one.strip()]
+    return found
+
+
+def flags(page: str) -> set[str]:
+    """Return the flags between backticks, such as `--rows` or `--set fc.lr=0.03`."""
+    return set(re.findall(r"`(--[a-z][a-z-]*)[ =`]", page))
+
+
+def mistake(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return what is wrong with a command, or ""."""
+    try:
+        check(command, monkeypatch)
+    except SystemExit as stop:
+        return f"exit code {stop.code}" if stop.code else ""
+    except (AssertionError, ValueError, KeyError, OSError) as error:
+        return repr(error)
+    return ""
+
+
+def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    match shlex.split(command):
+        case ["./run.sh", *words]:
+            assert os.access(ROOT / "run.sh", os.X_OK)
+            check_trainer(words, 1)
+        case ["./test.sh", *words]:
+            assert os.access(ROOT / "test.sh", os.X_OK)
+        case ["source", path]:
+            assert path == ".venv/bin/activate"
+        case ["pip", "install", *words]:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            some = project["optional-dependencies"]
+            known = [*project["dependencies"], *some["tools"], *some["dev"]]
+            names = {re.match(r"[\w-]+", line)[0] for line in known}
+            assert {*words} <= names | {"."}
+        case ["torchrun", *words]:
+            given = get_args_parser().parse_args(words)
+            assert given.nproc_per_node in ("2", "4", "8") and given.standalone
+            if given.training_script == "train_gpt.py":
+                check_trainer(given.training_script_args, int(given.nproc_per_node))
+            else:
+                check_script(given.training_script, given.training_script_args, monkeypatch)
+        case ["python", "-m", "pytest", *_]:
+            pass
+        case ["python", "-m", "records", name, *words]:
+            module = importlib.import_module(records_main.COMMANDS[name])
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "run", lambda args: None)
+                records_main.main([name, *words])
+        case ["python", "-m", "records.pages", *words]:
+            check_script("records/pages.py", words, monkeypatch)
+        case ["python", "train_gpt.py", *words]:
+            check_trainer(words, 1)
+        case ["python", path, *words]:
+            check_script(path, words, monkeypatch)
+        case words:
+            raise AssertionError(f"no such program: {words[0]}")
+
+
+def check_trainer(words: list[str], world_size: int) -> None:
+    """Check the trainer's arguments, without those that only a checkpoint could refuse."""
+    config = train_gpt.parse_config([word.replace("{run}", "run") for word in words])
+    train_gpt.check_config(config, world_size)
+
+
+def check_script(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script until its arguments are parsed; one without a parser takes no arguments."""
+    if path in WRITTEN:
+        return
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if "argparse" not in text:
+        assert not words
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser, *args: object) -> None:
+        parse(parser, *args)
+        raise Parsed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        patch.setattr(sys, "argv", [path, *words])
+        patch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+        with pytest.raises(Parsed):
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+    if "--" in words:  # run_many.py
+        check_trainer(words[words.index("--") + 1 :], 1)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_of_a_page_names_existing_files_and_known_flags(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "cubic", Muon)  # of docs/write_an_optimizer.md
+    found = commands((ROOT / name).read_text(encoding="utf-8"))
+    wrong = {command: what for command in found if (what := mistake(command, monkeypatch))}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.md")], ids=lambda path: path.name
+)
+def test_no_link_leads_to_nothing(path: Path) -> None:
+    """`records verify` checks the pages of docs/ and records/ and the README."""
+    assert not dead_links(path)
+
+
+def test_the_readme_has_as_many_commands_as_we_think() -> None:
+    """A check of commands that are not found would find nothing wrong."""
+    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found[:3] == ["./run.sh", "./test.sh", "source .venv/bin/activate"]
+    assert "python data/embedded.py" in found and "python train_gpt.py --preset demo" in found
+    assert "python tools/hellaswag.py run.pt" in found and len(found) > 20
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/write_an_optimizer.md"])
+def test_every_flag_that_a_page_names_alone_is_one_of_the_trainers(name: str) -> None:
+    known = set()
+
+    def note(parser: argparse.ArgumentParser, *args: object) -> argparse.Namespace:
+        known.update(flag for action in parser._actions for flag in action.option_strings)
+        return argparse.Namespace()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", note)
+        train_gpt.parse_config([])
+    assert flags("`--rows` and `--set fc.lr=0.03`") == {"--rows", "--set"}
+    found = flags((ROOT / name).read_text(encoding="utf-8"))
+    assert found and found <= known
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "python train_gpt.py --optimzer muon",
+        "python train_gpt.py --preset mine",
+        "torchrun --standalone --nproc_per_node=3 train_gpt.py",
+        "torchrun --standalone --nproc_per_node=8 train_gpt.py --seeds 1",
+        "python data/none.py",
+        "python data/embedded.py --now",
+        "python data/shards.py check data/mine",
+        "python -m records shw logs/",
+        "python -m records compare --stp 3 mine/",
+        "python tools/run_many.py --optimizers muon --seeds 1 -- --sed 3",
+        "python tools/run_many.py --optimisers muon --seeds 1",
+        "python tools/sample.py",
+        "./run.sh --trial 2",
+        "pip install matplotib",
+        "pyhton train_gpt.py",
+    ],
+)
+def test_a_wrong_command_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mistake(wrong, monkeypatch)
+
+
+@pytest.mark.parametrize("missing", ["scipy", "rich"])
+def test_records_without_its_packages_is_one_sentence(missing: str) -> None:
+    """It was a traceback: README named the packages far below the command."""
+    script = f"import sys; sys.modules['{missing}'] = None; import records.__main__ as m; m.main()"
+    code, out, err = in_fresh_python("-c", script, "show", "track_3", cwd=ROOT)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("python -m records: ") and missing in err
+    assert "source .venv/bin/activate" in err and "pip install torch scipy rich" in err
