@@ -85,7 +85,7 @@ class Config:
     sample_tokens: int = setting(0, "")  # of text, generated after the run
     get_data: str = setting("python data/cached_fineweb10B.py 18", "free")  # fills the data folder
 
-    def of(self, *scope: str) -> dict:
+    def scoped(self, *scope: str) -> dict:
         """Return the settings of these scopes."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["scope"] in scope}
 
@@ -292,7 +292,7 @@ MODELS = {"gpt": GPT}
 
 def build_model(config: Config, device: torch.device) -> nn.Module:
     """Return the model of these settings; its weights are not initialised."""
-    settings = config.of("model") | dict(dtype=getattr(torch, config.dtype), device=device)
+    settings = config.scoped("model") | dict(dtype=getattr(torch, config.dtype), device=device)
     model = MODELS[settings.pop("model")](**settings)
     model.choose_kernels(config.compile, config.fp8)
     return model
@@ -435,7 +435,7 @@ def run_trials(trainer: Trainer, saved: dict[int, dict], paths: dict, start: dic
     start_s = round(time.perf_counter() - STARTED, 3)
     kernels = trainer.model.kernels | dict(optimizer=trainer.optimizer.matrix.kernel())
     start |= dict(device=world.device_name, world_size=world.size, shards=[*trainer.shards])
-    start |= dict(config=asdict(config), free=[*config.of("free")], kernels=kernels)
+    start |= dict(config=asdict(config), free=[*config.scoped("free")], kernels=kernels)
     for seed, (path, checkpoint) in paths.items():
         trainer.reset(seed)
         log = Log(path if world.rank == 0 else None, wandb=config.wandb, seed=seed, **start)
@@ -471,9 +471,9 @@ def main(argv: list[str]) -> int:
         target = config.target or manifest_target(config.data, config.get_data)
         config, defaults = replace(config, target=target), asdict(Config())
         world = World(rank, size, choose_device(config.device))
-        saved = read_trials(paths, config.of("model", "run"), defaults, shards)
+        saved = read_trials(paths, config.scoped("model", "run"), defaults, shards)
         if config.eval:
-            weights = read_checkpoint(Path(config.eval), config.of("model"), defaults)
+            weights = read_checkpoint(Path(config.eval), config.scoped("model"), defaults)
             config = replace(config, optimizer=weights["config"]["optimizer"])
         trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .replay import Numbers, Replay
+from .replay import Replay, Scalars
 
 
 @dataclass(eq=False)
@@ -20,7 +20,7 @@ class Bucket:
     cells: list[Tensor] = field(default_factory=list)
     received: Tensor | None = None  # (slots, m, n): summed gradients of this rank's matrices
     spare: dict[str, Tensor] = field(default_factory=dict)  # a former state: room for the next
-    numbers: Numbers = field(default_factory=Numbers)  # for compiled code
+    scalars: Scalars = field(default_factory=Scalars)  # for compiled code
     replays: dict[int, Replay] = field(default_factory=dict)  # by the first matrix of a part
 
     @property

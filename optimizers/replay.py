@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 
-class Numbers:
+class Scalars:
     """The float hyperparameters of a group as 0-D tensors, written only where they changed."""
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
         self.tensors: dict[str, Tensor] = {}
 
-    def of(self, group: dict, names: list[str], device: torch.device) -> dict[str, Tensor]:
+    def hold(self, group: dict, names: list[str], device: torch.device) -> dict[str, Tensor]:
         """Return the tensors that hold these hyperparameters, brought up to date."""
         for name in names:
             value = group[name]

@@ -285,7 +285,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not self.compiled:
             return chosen
         floats = [k for k, default in self._known.items() if isinstance(default, float)]
-        return chosen | bucket.numbers.of(chosen, floats, bucket.params[0].device)
+        return chosen | bucket.scalars.hold(chosen, floats, bucket.params[0].device)
 
     # ---- state, for any number of ranks -------------------------------------------------------
 

@@ -100,11 +100,11 @@ def symmetric_by_triton(
     A: Tensor,
     B: Tensor,
     D: Tensor | None,
-    numbers: Sequence[float],
+    common: Sequence[float],
     coefficients: Tensor | None,
 ) -> Tensor:
-    """Launch the kernel. `numbers` are alpha, beta, gamma of all matrices; `coefficients` (3, k)
-    holds them for each matrix and replaces `numbers`."""
+    """Launch the kernel. `common` holds alpha, beta, gamma for all matrices; `coefficients` (3, k)
+    holds them for each matrix and replaces `common`."""
     k, n, p = A.shape
     C = torch.empty(k, n, n, dtype=A.dtype, device=A.device)
     tile, turned, strips = [1, TILE, TILE], [X.stride(-1) != 1 for X in (A, B)], []
@@ -117,7 +117,7 @@ def symmetric_by_triton(
         symmetric_kernel[(side * (side + 1) // 2, k)](
             *strips,
             *tiles,
-            *numbers,
+            *common,
             coefficients,
             p=p,
             A_TURNED=turned[0],

@@ -507,7 +507,7 @@ def test_meta_says_which_settings_change_no_loss(tiny: Tiny) -> None:
     """Readers of logs group runs whose other settings are equal."""
     assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
     free = parse_log("a.txt").meta["free"]
-    assert free == [*train_gpt.Config().of("free")] and {"seed", "log", "device"} <= set(free)
+    assert free == [*train_gpt.Config().scoped("free")] and {"seed", "log", "device"} <= set(free)
     assert not {"steps", "optimizer", "width", "rows"} & set(free)
 
 

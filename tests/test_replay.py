@@ -15,7 +15,7 @@ from conftest import on_ranks
 from torch import Tensor
 
 from optimizers import OPTIMIZERS, MatrixOptimizer, Muon, slot
-from optimizers.replay import Numbers, Replay
+from optimizers.replay import Replay, Scalars
 
 CPU = torch.device("cpu")
 every = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -81,31 +81,31 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
 
 
 def test_numbers_change_in_tensors_that_stay() -> None:
-    numbers, names = Numbers(), ["lr", "momentum"]
-    first = numbers.of(dict(lr=0.1, momentum=0.9, polar="exact"), names, CPU)
+    scalars, names = Scalars(), ["lr", "momentum"]
+    first = scalars.hold(dict(lr=0.1, momentum=0.9, polar="exact"), names, CPU)
     assert first.keys() == set(names) and first["lr"].shape == ()
     versions = {name: first[name]._version for name in names}
-    again = numbers.of(dict(lr=0.2, momentum=0.9), names, CPU)
+    again = scalars.hold(dict(lr=0.2, momentum=0.9), names, CPU)
     assert all(again[name] is first[name] for name in names)
     assert again["lr"].item() == pytest.approx(0.2) and first["lr"]._version > versions["lr"]
     assert first["momentum"]._version == versions["momentum"], "written though it was the same"
 
 
 def test_a_tensor_may_be_a_number_and_is_read_each_time() -> None:
-    numbers, lr = Numbers(), torch.tensor(0.5, dtype=torch.float64)
-    held = numbers.of(dict(lr=lr), ["lr"], CPU)["lr"]
+    scalars, lr = Scalars(), torch.tensor(0.5, dtype=torch.float64)
+    held = scalars.hold(dict(lr=lr), ["lr"], CPU)["lr"]
     assert held is not lr and held.item() == 0.5
     lr.fill_(0.25)
-    assert numbers.of(dict(lr=lr), ["lr"], CPU)["lr"] is held and held.item() == 0.25
+    assert scalars.hold(dict(lr=lr), ["lr"], CPU)["lr"] is held and held.item() == 0.25
     for value in (0.5, torch.tensor(0.75), 0.5):  # 0.5 again: the tensor has been in between
-        numbers.of(dict(lr=value), ["lr"], CPU)
+        scalars.hold(dict(lr=value), ["lr"], CPU)
         assert held.item() == float(value)
 
 
 def test_numbers_follow_their_parameters_to_another_device() -> None:
-    numbers = Numbers()
-    numbers.of(dict(lr=0.5), ["lr"], torch.device("meta"))
-    assert numbers.of(dict(lr=0.5), ["lr"], CPU)["lr"].item() == 0.5
+    scalars = Scalars()
+    scalars.hold(dict(lr=0.5), ["lr"], torch.device("meta"))
+    assert scalars.hold(dict(lr=0.5), ["lr"], CPU)["lr"].item() == 0.5
 
 
 # ---- replay ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from train_gpt import Config
 sys.path.append(str(ROOT / "tools"))
 import sample  # noqa: E402
 
-SMALL = {name: TINY[name] for name in Config().of("model") if name in TINY}
+SMALL = {name: TINY[name] for name in Config().scoped("model") if name in TINY}
 ROW = SMALL["row_tokens"]
 
 

@@ -300,9 +300,9 @@ SCOPES = {"model", "run", "", "free"}
 def test_every_setting_has_a_scope_and_those_of_a_scope_are_named_once() -> None:
     config = Config()
     assert {f.metadata["scope"] for f in fields(Config)} == SCOPES
-    parts = [config.of(scope) for scope in sorted(SCOPES)]
+    parts = [config.scoped(scope) for scope in sorted(SCOPES)]
     assert sum(map(len, parts)) == len(fields(Config))
-    assert config.of(*SCOPES) == {f.name: getattr(config, f.name) for f in fields(Config)}
+    assert config.scoped(*SCOPES) == {f.name: getattr(config, f.name) for f in fields(Config)}
     assert all(set(f.metadata) == {"scope", "help"} for f in fields(Config))
 
 
@@ -313,7 +313,7 @@ def test_the_scopes_are_those_that_checkpoints_and_comparisons_need() -> None:
     run = "optimizer steps batch_tokens val_tokens lr_scale set fp8 cooldown"
     free = "seed trials data log device wandb diagnostics checkpoint eval get_data"
     for scope, names in (("model", model), ("run", run), ("free", free)):
-        assert config.of(scope).keys() == set(names.split()), scope
+        assert config.scoped(scope).keys() == set(names.split()), scope
 
 
 def test_what_is_no_flag_is_refused_as_one() -> None:

@@ -36,7 +36,7 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, train_gpt.C
     defaults = train_gpt.Config()
     saved = read_checkpoint(path, {}, train_gpt.asdict(defaults))
     try:
-        shape = {name: saved["config"][name] for name in defaults.of("model")}
+        shape = {name: saved["config"][name] for name in defaults.scoped("model")}
         config = train_gpt.Config(**shape, compile=False)
         model = train_gpt.build_model(config, device)
         model.load_state_dict(saved["model"])
