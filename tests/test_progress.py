@@ -185,6 +185,8 @@ def test_ctrl_c_says_what_was_saved_and_how_to_go_on(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Shells start background jobs, such as CI, with SIGINT ignored; children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 120
     while "step:4/" not in (tmp_path / "a.txt").read_text() if (tmp_path / "a.txt").exists() else 1:

@@ -61,8 +61,7 @@ def run(config: train_gpt.Config) -> str:
 def trials(trainer: train_gpt.Trainer) -> str:
     """Train all seeds; logs begin with a source of one line."""
     config = trainer.config
-    seeds = range(config.seed, config.seed + config.trials)
-    paths = train_gpt.check_outputs(config.log, "", seeds, wandb=False)
+    paths = train_gpt.check_outputs(dataclasses.asdict(config))
     start = dict(script=ROOT / "train_gpt.py", source="source\n", argv=[])
     return train_gpt.run_trials(trainer, {}, paths, start)
 
