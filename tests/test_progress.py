@@ -188,12 +188,15 @@ def test_ctrl_c_says_what_was_saved_and_how_to_go_on(
         # Shells start background jobs, such as CI, with SIGINT ignored; children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    until = time.monotonic() + 120
-    while "step:4/" not in (tmp_path / "a.txt").read_text() if (tmp_path / "a.txt").exists() else 1:
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    until, log = time.monotonic() + 120, tmp_path / "a.txt"
+    try:
+        while not (log.exists() and "step:4/" in log.read_text()):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()  # it would train on for hours
     assert process.returncode == 130 and "Traceback" not in error
     expected = "run.pt saved: the same command with another --log resumes"
     nothing = "nothing saved: --checkpoint FILE saves at each validation"
