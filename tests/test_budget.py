@@ -75,10 +75,11 @@ CEILINGS = {
     "tools/bench_optimizers.py": 2290,
     "tools/bench_trainer.py": 2540,
     "tools/exactness.py": 1250,
+    "tools/export.py": 830,
     "tools/hellaswag.py": 1970,
     "tools/run_many.py": 2330,
     "tools/same_as.py": 1240,
-    "tools/sample.py": 830,
+    "tools/sample.py": 1100,
 }
 FILES = sorted(
     path
