@@ -1,6 +1,7 @@
 """The benches run on the CPU through the same code, and what they print is what a GPU would add."""
 
 import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -110,6 +111,23 @@ def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_p
         assert rows["aurora"][key] < rows["muon"][key] / 3
         assert rows["aurora"][key] < 1.01 * rows["aurora, quintic12"][key]
     assert "rms_sigma" not in rows["adamw"]
+
+
+@pytest.mark.parametrize("name", ["bench_optimizers", "bench_trainer", "exactness"])
+def test_without_out_a_bench_leaves_the_committed_files_alone(name, monkeypatch):
+    """It appended to records/bench, and `python -m records verify` failed from then on."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    seen = []
+
+    def parsed(parser, *_):
+        seen.append(parser.get_default("out"))
+        raise SystemExit
+
+    for method in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr("argparse.ArgumentParser." + method, parsed)
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main()
+    assert [path.parent for path in seen] == [ROOT / "logs/bench"]
 
 
 def test_memory_that_graphs_keep_is_counted_by_pool(monkeypatch):
