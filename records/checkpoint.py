@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from torch import nn
 
 # What torch.load raises for files that are damaged or something else.
 UNREADABLE = RuntimeError, ValueError, TypeError, LookupError, OSError, EOFError, pickle.PickleError
@@ -61,3 +62,16 @@ def read_trials(
         for seed, (_, path) in paths.items()
         if path and path.is_file()
     }
+
+
+def restore(path: Path, saved: dict, model: nn.Module, optimizer: object) -> None:
+    """Load the weights and the optimizer's state; ValueError, one sentence, if they do not fit."""
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved)
+    except (*UNREADABLE, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} does not fit this model and optimizer: {reason}: name another checkpoint, or "
+            "use the code that wrote it"
+        ) from None
