@@ -29,13 +29,16 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import numpy as np
 from tqdm import tqdm
 
-if __package__:
-    from .shards import MANIFEST, write_manifest, write_shard
-else:
-    from shards import MANIFEST, write_manifest, write_shard
+from data.shards import MANIFEST, write_manifest, write_shard
 
 BATCH_CHARACTERS = 1_000_000  # 0.1 s of work, enough to send to another process
 VAL_TOKENS = 2_097_153  # enough for the prose preset

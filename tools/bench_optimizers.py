@@ -27,12 +27,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "logs/bench"  # records/ is committed: its pages must agree with what it holds
 sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from optimizers import OPTIMIZERS, Aspect  # noqa: E402
 from optimizers.replay import Replay  # noqa: E402

@@ -41,6 +41,11 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import train_gpt  # noqa: E402, I001 (first: its clock starts before torch is imported)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

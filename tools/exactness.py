@@ -15,14 +15,18 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import references  # noqa: E402
+import torch  # noqa: E402
 from bench_optimizers import OUT, append_line, commit  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from optimizers import OPTIMIZERS  # noqa: E402
 from optimizers.polar import POLAR, polar  # noqa: E402

@@ -17,6 +17,12 @@ import json
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 from sample import END_OF_TEXT, load_model, tokenizer_name  # puts the root on the path
 from torch import device
 

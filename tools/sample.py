@@ -16,6 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import train_gpt  # noqa: E402, I001 (first: its clock starts before torch is imported)
 import torch  # noqa: E402
 from data.tokenize_text import Tokenizer, load_tokenizer  # noqa: E402
