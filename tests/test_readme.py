@@ -2,7 +2,7 @@
 
 Each command of a block of shell, and each one between backticks, is checked as it stands. Python
 scripts are run up to the end of their parsing of arguments, torchrun's own flags by torchrun's own
-parser, and the trainer's flags by train_gpt.parse_config. test_run_sh.py runs ./run.sh itself.
+parser, and the trainer's flags by train_gpt.parse_config. test_readme_runs.py runs README.md's.
 """
 
 import argparse
@@ -198,6 +198,13 @@ def test_every_flag_that_a_page_names_alone_is_one_of_the_trainers(name: str) ->
 )
 def test_a_wrong_command_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mistake(wrong, monkeypatch)
+
+
+def test_the_version_is_that_of_the_changelogs_newest_heading() -> None:
+    """pyproject.toml stayed at the version before. An unreleased version ends with .dev0."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert version.replace(".dev0", " (unreleased)") == newest
 
 
 SCRIPTS = sorted(
