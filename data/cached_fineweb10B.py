@@ -22,10 +22,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-if __package__:
-    from . import shards
-else:
-    import shards
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from records.missing import explain
+
+    sys.excepthook = explain
+
+from data import shards
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103

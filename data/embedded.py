@@ -20,12 +20,15 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import numpy as np
 
-if __package__:
-    from .shards import read_manifest, verify, write_manifest, write_shard
-else:
-    from shards import read_manifest, verify, write_manifest, write_shard
+from data.shards import read_manifest, verify, write_manifest, write_shard
 
 END_OF_TEXT, VOCAB_SIZE = 256, 257
 VAL_TARGETS = 131_072  # the shard has one token more, as targets are inputs shifted by one

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Shards = dict[str, Tensor]  # the tokens of each file, by its name
+UNIT = 8192  # divides into rows of up to 1,024 tokens on 1, 2, 4 or 8 ranks
 
 
 def open_shard(path: Path, vocab_size: int) -> Tensor:
@@ -42,6 +43,12 @@ def batches_in(tokens: int, batch_tokens: int) -> int:
     return max(0, (tokens - 2) // batch_tokens)
 
 
+def lower(flag: str, tokens: int) -> str:
+    """Return the advice to lower a flag to what `tokens` allow, a value that the trainer takes."""
+    most = tokens // UNIT * UNIT
+    return f"lower {flag} to {most}" if most else "tokenize more text"
+
+
 def open_shards(
     data: str,
     get_data: str,
@@ -53,8 +60,8 @@ def open_shards(
 ) -> tuple[Shards, Tensor]:
     """Return the training shards that a run will read, and val_tokens + 1 validation tokens.
 
-    Raises FileNotFoundError or ValueError, which advises to run `get_data`, if shards are missing
-    or damaged, or if the tokens do not last for all steps and `wrap` does not let them repeat.
+    Raises FileNotFoundError or ValueError, with what to run or to change, if shards are missing or
+    damaged, or if the tokens do not last for all steps and `wrap` does not let them repeat.
     """
     folder, remedy = Path(data), f"run {get_data}, or name a folder with --data"
     train, val = (sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
@@ -64,16 +71,21 @@ def open_shards(
     needed = val_tokens + 1
     validation = open_shard(val[0], vocab_size)[:needed]
     if (found := len(validation)) < needed:
-        raise ValueError(f"{val[0]} holds {found} of {needed} tokens to validate: {remedy}")
-    lasts, shards = 0, {}
+        advice = f"{lower('--val-tokens', found - 1)}, or name a folder that has more with --data"
+        raise ValueError(f"{val[0]} holds {found} of {needed} tokens to validate: {advice}")
+    lasts, longest, shards = 0, 0, {}
     for path in train:
         if lasts < steps:
             tokens = shards[path.name] = open_shard(path, vocab_size)
-            lasts += batches_in(len(tokens), batch_tokens)
+            lasts, longest = (
+                lasts + batches_in(len(tokens), batch_tokens),
+                max(longest, len(tokens)),
+            )
     if lasts == 0 or (lasts < steps and not wrap):
+        fewer = f"lower --steps to {lasts}" if lasts else lower("--batch-tokens", longest - 2)
         raise ValueError(
             f"too few tokens: {folder} lasts {lasts} of {steps} steps of "
-            f"{batch_tokens} tokens: {remedy}, or lower --steps"
+            f"{batch_tokens} tokens: {fewer}, or {remedy}"
         )
     return shards, validation
 

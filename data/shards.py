@@ -24,6 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024

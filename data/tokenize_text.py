@@ -29,15 +29,20 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import numpy as np
 from tqdm import tqdm
 
-if __package__:
-    from .shards import MANIFEST, write_manifest, write_shard
-else:
-    from shards import MANIFEST, write_manifest, write_shard
+from data.shards import MANIFEST, write_manifest, write_shard
 
 BATCH_CHARACTERS = 1_000_000  # 0.1 s of work, enough to send to another process
+VAL_TOKENS = 2_097_153  # enough for the prose preset
+UNIT = 8192  # the trainer takes multiples of it on 1, 2, 4 or 8 ranks
 
 
 class Tokenizer(NamedTuple):
@@ -173,11 +178,28 @@ def encode_all(
             yield pending.popleft().result()
 
 
+def smaller(total: int, last: int) -> str:
+    """Return advice that works for texts too short for --val-tokens, whose last document is `last`.
+
+    Validation then gets about a tenth, and the last document is left for training.
+    """
+    tokens = min(total // 10, total - last - 1) // UNIT * UNIT
+    if 0 < total == last:
+        return "separate the documents of a .txt by lines <|endoftext|>, as none is split"
+    if tokens <= 0:
+        return "add more text"
+    return f"give --val-tokens {tokens + 1} here, and --val-tokens {tokens} to train_gpt.py"
+
+
 def write_splits(
-    batches: Iterator[list[np.ndarray]], stem: Path, val_tokens: int, shard_tokens: int
+    batches: Iterator[list[np.ndarray]], stem: Path, val_tokens: int | None, shard_tokens: int
 ) -> None:
-    """Fill the validation shard with whole documents, then one training shard after another."""
-    index, documents, size, total = 0 if val_tokens else 1, [], 0, 0
+    """Fill the validation shard with whole documents, then one training shard after another.
+
+    ValueError if none is left for training, or if val_tokens, None, is our choice and takes half.
+    """
+    wanted = VAL_TOKENS if val_tokens is None else val_tokens
+    index, documents, size, total, validation = 0 if wanted else 1, [], 0, 0, 0
 
     def flush() -> None:
         split = "train" if index else "val"
@@ -186,18 +208,24 @@ def write_splits(
 
     with tqdm(unit="tok", unit_scale=True, desc=stem.name) as progress:
         for document in (document for batch in batches for document in batch):
-            full = size >= val_tokens if index == 0 else size + len(document) > shard_tokens
+            full = size >= wanted if index == 0 else size + len(document) > shard_tokens
             if documents and full:
                 flush()
+                validation = validation if index else size
                 index, size = index + 1, 0
             documents.append(document)
             size, total = size + len(document), total + len(document)
             progress.update(len(document))
+    last = len(documents[-1]) if documents else 0
     if index == 0 or not documents:
         raise ValueError(
-            f"the inputs have {total:,} tokens in whole documents, which leaves none "
-            f"for training after {val_tokens:,} for validation. Lower --val-tokens, "
-            "or separate the documents of a .txt by lines <|endoftext|>."
+            f"the inputs have {total:,} tokens in whole documents, which leaves none for training "
+            f"after {wanted:,} for validation: {smaller(total, last)}."
+        )
+    if val_tokens is None and 2 * validation > total:
+        raise ValueError(
+            f"{validation:,} of {total:,} tokens would be for validation, more than half: "
+            f"{smaller(total, last)}."
         )
     flush()
 
@@ -207,7 +235,7 @@ def tokenize(
     out: Path,
     *,
     name: str,
-    val_tokens: int,
+    val_tokens: int | None,
     shard_tokens: int,
     tokenizer: str,
     field: str,
@@ -256,8 +284,7 @@ def main() -> int:
         "--val-tokens",
         metavar="N",
         type=int,
-        default=2_097_153,
-        help="validation tokens, at least (default: enough for the prose preset)",
+        help=f"validation tokens, at least (default: {VAL_TOKENS}, if half of the text is enough)",
     )
     parser.add_argument("--shard-tokens", metavar="N", type=int, default=100_000_000)
     parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2")
@@ -265,7 +292,7 @@ def main() -> int:
     parser.add_argument("--processes", metavar="N", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--force", action="store_true", help="replace the shards in DIR")
     args = vars(parser.parse_args())
-    if args["val_tokens"] < 0 or args["shard_tokens"] < 1 or args["processes"] < 1:
+    if (args["val_tokens"] or 0) < 0 or args["shard_tokens"] < 1 or args["processes"] < 1:
         parser.error("--val-tokens must be 0 or more, --shard-tokens and --processes 1 or more.")
     args["name"] = args["name"] or args["out"].resolve().name
     try:
@@ -273,8 +300,10 @@ def main() -> int:
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    for name, entry in manifest["shards"].items():
-        print(f"{args['out'] / name} {entry['tokens']:,} tokens")
+    counts = {name: entry["tokens"] for name, entry in manifest["shards"].items()}
+    for name, count in counts.items():
+        share = count / sum(counts.values())
+        print(f"{args['out'] / name} {count:,} tokens, {share:.1%}")
     return 0
 
 

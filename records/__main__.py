@@ -9,6 +9,8 @@ import os
 import sys
 from importlib import import_module
 
+from records.missing import advice
+
 COMMANDS = {  # each module has a docstring, add_arguments(parser) and run(args)
     "show": "records.show",
     "compare": "records.compare",
@@ -35,12 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         module.add_arguments(command)
         module.run(command.parse_args(argv[1:]))
     except ModuleNotFoundError as error:
-        parser.exit(
-            2,
-            f"python -m records: {error} in {sys.executable}, expected torch, scipy, rich and "
-            "matplotlib: run `source .venv/bin/activate` if there is a .venv (run.sh makes one "
-            "where python3 lacks packages), else `pip install torch scipy rich matplotlib`\n",
-        )
+        parser.exit(2, f"python -m records: {advice(error)}\n")
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

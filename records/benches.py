@@ -129,10 +129,15 @@ def is_plain(entry: dict, more: frozenset = frozenset()) -> bool:
     }
 
 
+def unmeasured(command: str, file: str) -> str:
+    return f"not measured yet: run `{command} --out records/bench/{file}.jsonl`\n"
+
+
 def rows_of(entries: list[dict], columns: tuple, bench: str, made_by: str = "") -> str:
     """Return a table with a row for each entry (or each of its rows), and what made it."""
     if not entries:
-        return f"not measured yet: run `{COMMANDS.get(bench, f'python tools/bench_{bench}.py')}`\n"
+        file = "trainer" if bench in COMMANDS else bench
+        return unmeasured(COMMANDS.get(bench, f"python tools/bench_{bench}.py"), file)
     rows = [entry | row for entry in entries for row in entry.get("rows", [entry])]
     cells = [
         [
@@ -203,7 +208,7 @@ def kernels_table(root: Path) -> str:
     path = root / "records/bench/trainer.jsonl"
     entries = newest(path, ("bench",), "trainer", lambda entry: "kernels" in entry)
     if not entries:
-        return "not measured yet: run `python tools/bench_trainer.py --profile 3`\n"
+        return unmeasured("python tools/bench_trainer.py --profile 3", "trainer")
     (entry,) = entries
     rows = [
         [f"{ms:.2f}", f"{calls:g}", f"`{kernel[:NAME_WIDTH]}`"]
@@ -216,14 +221,13 @@ def kernels_table(root: Path) -> str:
 
 def exactness_table(root: Path, bench: str) -> str:
     """Return the newest rows of each device and command, as tools/exactness.py wrote them."""
-    keys, command = ("bench", "device", "command"), "python tools/exactness.py"
-    text = ""
+    keys, text = ("bench", "device", "command"), ""
     for entry in newest(root / "records/bench/exactness.jsonl", keys, bench):
         header = list(max(entry["rows"], key=len))
         rows = [[look(str(row.get(key, "-")))[0] for key in header] for row in entry["rows"]]
         text += f"{markdown(header, rows)}\nMade by `{entry['command']}` on {entry['device']} "
         text += f"({entry['shape']}, torch {entry['torch']}, commit {entry['commit'][:7]}).\n"
-    return text or f"not measured yet: run `{command}`\n"
+    return text or unmeasured("python tools/exactness.py", "exactness")
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

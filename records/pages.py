@@ -8,11 +8,17 @@ line per measurement, newest last). `--check` only compares, and exits with 2 if
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
+
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
 
 from records import benches
 from records.figures import gpus, group_runs, look, rendered

@@ -1,6 +1,7 @@
 """The benches run on the CPU through the same code, and what they print is what a GPU would add."""
 
 import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ def last_line(path: Path) -> dict:
 def test_the_trainer_bench_measures_a_small_preset_with_one_and_two_ranks(tmp_path, ranks):
     """Once it read an attribute that the trainer had lost, and a device run came back empty."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    small = "--preset demo --batch-tokens 2048 --val-tokens 2048 --rows 2".split()
+    small = "--preset demo --batch-tokens 1024 --val-tokens 1024 --rows 2".split()
     out, trace = tmp_path / "trainer.jsonl", tmp_path / "trainer.trace.json.gz"
     launcher = [sys.executable, *(torchrun if ranks == 2 else [])]
     command = [*launcher, str(ROOT / "tools/bench_trainer.py"), *small]
@@ -45,7 +46,7 @@ def test_the_trainer_bench_measures_a_small_preset_with_one_and_two_ranks(tmp_pa
     assert abs(line["comm_ms"]) < line["step_ms"] and (line["comm_ms"] != 0) == (ranks == 2)
     matrices = 4 * 12 * 128 * 128 * 4  # 4 layers, fp32: half of it is sent twice, none alone
     assert line["bytes_per_rank"] == (matrices if ranks == 2 else 0)
-    assert line["tokens_per_s"] == pytest.approx(2048 / line["step_ms"] * 1000, rel=1e-3)
+    assert line["tokens_per_s"] == pytest.approx(1024 / line["step_ms"] * 1000, rel=1e-3)
 
 
 def test_the_trainer_bench_measures_how_a_step_grows(tmp_path):
@@ -110,6 +111,23 @@ def test_the_optimizer_bench_says_how_exact_and_how_even_each_direction_is(tmp_p
         assert rows["aurora"][key] < rows["muon"][key] / 3
         assert rows["aurora"][key] < 1.01 * rows["aurora, quintic12"][key]
     assert "rms_sigma" not in rows["adamw"]
+
+
+@pytest.mark.parametrize("name", ["bench_optimizers", "bench_trainer", "exactness"])
+def test_without_out_a_bench_leaves_the_committed_files_alone(name, monkeypatch):
+    """It appended to records/bench, and `python -m records verify` failed from then on."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    seen = []
+
+    def parsed(parser, *_):
+        seen.append(parser.get_default("out"))
+        raise SystemExit
+
+    for method in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr("argparse.ArgumentParser." + method, parsed)
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main()
+    assert [path.parent for path in seen] == [ROOT / "logs/bench"]
 
 
 def test_memory_that_graphs_keep_is_counted_by_pool(monkeypatch):

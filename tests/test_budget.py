@@ -53,6 +53,7 @@ CEILINGS = {
     "records/groups.py": 540,
     "records/history.py": 710,
     "records/log.py": 1540,
+    "records/missing.py": 190,
     "records/options.py": 1600,
     "records/pack.py": 940,
     "records/pages.py": 1800,
@@ -72,16 +73,17 @@ CEILINGS = {
     "data/__init__.py": 10,
     "data/cached_fineweb10B.py": 1290,
     "data/embedded.py": 880,
-    "data/loader.py": 710,
+    "data/loader.py": 780,
     "data/shards.py": 1400,
-    "data/tokenize_text.py": 1840,
+    "data/tokenize_text.py": 2020,
     "tools/bench_optimizers.py": 2290,
     "tools/bench_trainer.py": 2540,
     "tools/exactness.py": 1250,
+    "tools/export.py": 830,
     "tools/hellaswag.py": 1970,
     "tools/run_many.py": 2330,
     "tools/same_as.py": 1240,
-    "tools/sample.py": 830,
+    "tools/sample.py": 1100,
 }
 FILES = sorted(
     path

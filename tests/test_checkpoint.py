@@ -10,6 +10,7 @@ from conftest import on_ranks
 
 import train_gpt
 from optimizers import OPTIMIZERS, Muon, WeightAverage, ramp
+from records.checkpoint import restore
 from records.log import parse_log
 
 
@@ -171,6 +172,35 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence(
     reason = "does not fit model and optimizer" if flag == "--eval" else "layers 3, now it is 2"
     assert (reason in said) == (kind == "layers")
     assert not Path("b.txt").exists()
+
+
+def without(saved: dict, key: str) -> dict:
+    return {name: value for name, value in saved.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda s: without(s, "matrix"), "'matrix'"),
+        (lambda s: s | dict(adamw=None), "NoneType"),
+        (lambda s: s | dict(matrix=s["matrix"] | dict(state={0: {}})), "has shapes {}"),
+        (lambda s: s | dict(model=without(s["model"], "head.bias")), "Error(s) in loading"),
+        (lambda s: s | dict(around=[{}]), "techniques around all weights"),
+    ],
+)
+def test_a_state_that_cannot_be_loaded_is_one_sentence(
+    tiny: Callable, spoil: Callable, reason: str
+) -> None:
+    """A technique that keeps other state than before, for example: it was a traceback."""
+    assert train_gpt.main(tiny("--checkpoint", "run.pt", "--log", "a.txt")) == 0
+    saved = torch.load("run.pt", weights_only=True)
+    config = train_gpt.Config(**saved["config"] | dict(set=()))
+    model = train_gpt.build_model(config, torch.device("cpu"))
+    optimizer = train_gpt.build_optimizer(model, config)
+    restore(saved | dict(path="run.pt"), model, optimizer)
+    with pytest.raises(ValueError, match=f"^run.pt does not fit .*{re.escape(reason)}") as caught:
+        restore(spoil(saved) | dict(path="run.pt"), model, optimizer)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_with_other_settings_does_not_go_on_from_it(

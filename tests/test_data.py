@@ -188,7 +188,9 @@ def test_a_run_opens_the_shards_that_it_reads_and_one_token_more_to_validate(fol
         shards, validation = opened(folder, steps, 100)
         assert [*shards] == [f"mine_train_{i:06d}.bin" for i in range(count)]
         assert len(validation) == 101
-    with pytest.raises(ValueError, match="lasts 12 of 13 steps of 100 tokens: run python make.py"):
+    with pytest.raises(
+        ValueError, match="12 of 13 steps of 100 tokens: lower --steps to 12, or run"
+    ):
         opened(folder, 13, 100)
     assert len(opened(folder, 13, 100, wrap=True)[0]) == 3
     with pytest.raises(ValueError, match="lasts 0 of 13 steps"):
@@ -206,6 +208,27 @@ def test_batches_from_a_later_step_are_those_of_a_run_that_was_never_cut(
         for first in range(26):
             later = next(train_batches(shards, 100, rank, size, first))
             assert later.tolist() == next(whole).tolist() and len(later) == 100 // size + 1
+
+
+def test_what_the_loader_advises_works_when_followed(tmp_path: Path) -> None:
+    """It advised to make the same shards again, or to lower --steps where one step was too many."""
+    write_shard(tmp_path / "x_train_000001.bin", np.arange(20_000) % 257)
+    write_shard(tmp_path / "x_val_000000.bin", np.arange(30_000) % 257)
+    sizes = [str(tmp_path), "python make.py", 4, 131_072, 2_097_152, 257, True]
+    with pytest.raises(ValueError, match="30000 of 2097153 .*: lower --val-tokens to 24576, or"):
+        open_shards(*sizes)
+    sizes[4] = 24_576
+    with pytest.raises(ValueError, match="lasts 0 of 4 .*: lower --batch-tokens to 16384, or"):
+        open_shards(*sizes)
+    sizes[3] = 16_384
+    assert len(open_shards(*sizes)[1]) == 24_577
+    with pytest.raises(ValueError, match="lasts 1 of 4 .*: lower --steps to 1, or run python make"):
+        open_shards(*sizes[:6], False)
+    sizes[2] = 1
+    assert len(open_shards(*sizes[:6], False)[0]) == 1
+    write_shard(tmp_path / "x_val_000000.bin", np.arange(8192) % 257)
+    with pytest.raises(ValueError, match="8192 of 24577 .*: tokenize more text, or"):
+        open_shards(*sizes)
 
 
 def test_a_manifest_may_hold_a_target(folder: Path) -> None:
@@ -482,7 +505,7 @@ def test_end_of_text_inside_a_line_is_only_text(tmp_path: Path) -> None:
         ("in.jsonl", b'["text"]', "line 1: no text in a field 'text' (found: list)"),
         ("in.jsonl", b'{"text": "a"', "line 1: not JSON"),
         ("in.txt", b"", "the inputs have 0 tokens"),
-        ("in.txt", b"all goes to validation", "Lower --val-tokens"),
+        ("in.txt", b"all goes to validation", "separate the documents of a .txt by lines <|end"),
         ("in.txt", b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -495,6 +518,42 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert result.returncode == 2 and message in result.stderr
     assert "Traceback" not in result.stderr
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_short_text_keeps_most_tokens_for_training_once_the_advice_is_followed(
+    tmp_path: Path,
+) -> None:
+    """2.10 of 2.34 million tokens went into validation without a word."""
+    lines = [json.dumps({"text": "x" * size}) for size in [99_999] * 23 + [199_999]]
+    (path := tmp_path / "in.jsonl").write_text("\n".join(lines))
+    words = [path, "--out", tmp_path / "out", "--tokenizer", "bytes", "--processes", 1]
+    result = tokenize(*words)
+    assert result.returncode == 2 and not list((tmp_path / "out").iterdir())
+    sentence = "2,100,000 of 2,500,000 tokens would be for validation, more than half: "
+    assert sentence + "give --val-tokens 245761 here, and --val-tokens 245760 to" in result.stderr
+    result = tokenize(*words, "--val-tokens", 245_761)
+    assert result.returncode == 0, result.stderr
+    assert "300,000 tokens, 12.0%\n" in result.stdout
+    assert len(open_shards(str(tmp_path / "out"), "", 4, 8192, 245_760, 257, True)[1]) == 245_761
+
+
+@pytest.mark.parametrize("sizes", [[20_000, 500_000], [500_000, 20_000]])
+def test_two_documents_of_any_sizes_can_be_split_as_advised(
+    tmp_path: Path, sizes: list[int]
+) -> None:
+    """A tenth of the text would need both documents, if the first one is short."""
+    (path := tmp_path / "in.jsonl").write_text(
+        "\n".join(json.dumps({"text": "x" * size}) for size in sizes)
+    )
+    words = [path, "--out", tmp_path / "out", "--tokenizer", "bytes", "--processes", 1]
+    result = tokenize(*words)
+    advice = 16_384 if sizes[0] < sizes[1] else 49_152
+    assert result.returncode == 2 and f"--val-tokens {advice} to train_gpt.py" in result.stderr
+    assert tokenize(*words, "--val-tokens", advice + 1).returncode == 0
+    assert [len(read_shard(p)) for p in sorted((tmp_path / "out").glob("*.bin"))] == [
+        sizes[1] + 1,
+        sizes[0] + 1,
+    ]
 
 
 def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:

@@ -181,9 +181,9 @@ def test_excluded_folders_and_bad_encodings_stay_out(tmp_path: Path) -> None:
 
 def test_the_script_runs_from_any_folder_and_prints_one_line(tmp_path: Path) -> None:
     """A copy of data/ in another place: the checkout's own data/embedded is not touched."""
-    (tmp_path / "data").mkdir()
-    for name in ("embedded.py", "shards.py"):
-        (tmp_path / "data" / name).write_bytes((ROOT / "data" / name).read_bytes())
+    for name in ("data/embedded.py", "data/shards.py", "records/missing.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     result = subprocess.run(
         [sys.executable, tmp_path / "data" / "embedded.py"],
         cwd="/",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, on_ranks, shards_of
 from torch import Tensor
+from trunk_references import randomise
 
 import train_gpt
 from data.loader import batches_in, train_batches
@@ -24,20 +25,6 @@ from train_gpt import Config, build_model, build_optimizer
 
 CPU = torch.device("cpu")
 SMALL = Config(**TINY)
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """No weight is zero and no gain is one, so that nothing drops out of a comparison."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if name.endswith("gain"):
-                p.copy_(1 + 0.3 * noise)
-            elif p.ndim == 1:
-                p.copy_(0.3 * noise)
-            else:
-                p.copy_(noise * (1 if "embed" in name else p.size(1) ** -0.5))
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

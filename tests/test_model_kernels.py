@@ -43,7 +43,7 @@ def compare(found, expected, tolerance):
         assert error < tolerance, (a.shape, error)
 """
 CAPPED = """
-for rows, n in ((3, 5000), (5, 4096), (200, 257), (1, 3)):
+for rows, n in ((3, 5000), (5, 4096), (40, 257), (1, 3)):
     generator = torch.Generator().manual_seed(n)
     z = (20 * torch.randn(rows, n, generator=generator)).to(half)
     targets = torch.randint(0, n, (rows,), generator=generator)
@@ -81,7 +81,7 @@ for tokens, width in ((70, 48), (5, 128)):
 print("compared")
 """
 EMBED = """
-for tokens, words, width in ((70, 9, 48), (5, 40, 128), (600, 3, 16)):
+for tokens, words, width in ((70, 9, 48), (5, 40, 128), (200, 3, 16)):
     torch.manual_seed(width)
     dh, dn = torch.randn(2, tokens, width).to(half)
     table, gains = torch.randn(words, width).to(half), torch.randn(2, width)
@@ -108,7 +108,7 @@ for count, factor in ((70000, 3.0), (5, -0.5), (300, 1.0), (300, float("nan"))):
 print("compared")
 """
 ROTARY = """
-sizes = (24, 6, 3, 16), (30, 6, 3, 16), (6, 6, 3, 16), (80, 40, 1, 128), (600, 300, 5, 32)
+sizes = (24, 6, 3, 16), (30, 6, 3, 16), (6, 6, 3, 16), (80, 40, 1, 128), (280, 140, 5, 32)
 for tokens, row_tokens, heads, head_dim in sizes:
     torch.manual_seed(heads)
     rotation = torch.randn(row_tokens, 1, head_dim // 2)

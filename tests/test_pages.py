@@ -107,7 +107,8 @@ def failure(argv: list[str], root: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_without_data_each_table_says_how_to_measure(root: Path) -> None:
     main([], root)
-    assert table(root, "bench_trainer") == ["not measured yet: run `python tools/bench_trainer.py`"]
+    command = "python tools/bench_trainer.py --out records/bench/trainer.jsonl"
+    assert table(root, "bench_trainer") == [f"not measured yet: run `{command}`"]
     assert all(table(root, name)[0].startswith("not measured yet: run") for name in NAMES)
     main(["--check"], root)
     assert not (root / "records/prose/curves.png").exists()
@@ -299,7 +300,8 @@ def test_exactness_tables_go_into_the_page_on_optimizers(
 ) -> None:
     page = "docs/optimizers.md"
     main([], root)
-    assert table(root, "polar", page) == ["not measured yet: run `python tools/exactness.py`"]
+    command = "python tools/exactness.py --out records/bench/exactness.jsonl"
+    assert table(root, "polar", page) == [f"not measured yet: run `{command}`"]
     origin = {"device": "cpu", "torch": "2.11.0", "commit": "0123456789ab", "command": "python x"}
     polar = {"bench": "polar", "shape": "8 x 2"} | origin
     parity = {"bench": "parity", "shape": "small"} | origin

@@ -2,7 +2,7 @@
 
 Each command of a block of shell, and each one between backticks, is checked as it stands. Python
 scripts are run up to the end of their parsing of arguments, torchrun's own flags by torchrun's own
-parser, and the trainer's flags by train_gpt.parse_config. test_run_sh.py runs ./run.sh itself.
+parser, and the trainer's flags by train_gpt.parse_config. test_readme_runs.py runs README.md's.
 """
 
 import argparse
@@ -211,11 +211,35 @@ def test_a_wrong_command_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -
     assert mistake(wrong, monkeypatch)
 
 
-@pytest.mark.parametrize("missing", ["scipy", "rich"])
-def test_records_without_its_packages_is_one_sentence(missing: str) -> None:
-    """It was a traceback: README named the packages far below the command."""
-    script = f"import sys; sys.modules['{missing}'] = None; import records.__main__ as m; m.main()"
-    code, out, err = in_fresh_python("-c", script, "show", "track_3", cwd=ROOT)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("python -m records: ") and missing in err
-    assert "source .venv/bin/activate" in err and "pip install torch scipy rich" in err
+def test_the_version_is_that_of_the_changelogs_newest_heading() -> None:
+    """pyproject.toml stayed at the version before. An unreleased version ends with .dev0."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert version.replace(".dev0", " (unreleased)") == newest
+
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("tools", "data")
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("words", [*SCRIPTS, "-m records show", "-m records.pages"])
+def test_a_missing_package_is_one_sentence(words: str) -> None:
+    """It was a traceback: nothing said where ./run.sh had put the packages. -S hides them all."""
+    code, out, err = in_fresh_python("-S", *words.split(), cwd=ROOT)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    name = re.search(r" has no (\w+): run `source .venv/bin/activate`, or ./run.sh if ", err)[1]
+    assert err.endswith(f"or `pip install {name}`\n") and name in {"numpy", "scipy", "torch"}
+
+
+def test_another_error_keeps_its_traceback() -> None:
+    """A module of ours that is missing is our mistake, and no package."""
+    for wrong, name in (("1 / 0", "ZeroDivisionError"), ("import records.no", "'records.no'")):
+        script = (
+            f"import sys; from records.missing import explain; sys.excepthook = explain; {wrong}"
+        )
+        code, _, err = in_fresh_python("-S", "-c", script, cwd=ROOT)
+        assert code == 1 and err.startswith("Traceback") and name in err

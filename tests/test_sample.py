@@ -161,6 +161,23 @@ def test_what_is_not_a_checkpoint_is_one_sentence(
         assert (out, err.count("\n")) == ("", 1) and f"{name}.pt" in err, err
 
 
+@pytest.mark.parametrize(
+    "value, name", [("nan", "head.bias"), ("inf", "head.bias"), ("1e38", "logits")]
+)
+def test_a_model_that_did_not_survive_its_training_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, value: str, name: str
+) -> None:
+    """It was a traceback of torch.multinomial. Finite weights may still give infinite logits."""
+    model = write_checkpoint(path := tmp_path / "run.pt")
+    with torch.no_grad():
+        model.head.bias[3] = float(value)
+    torch.save(torch.load(path, weights_only=True) | {"model": model.state_dict()}, path)
+    assert sample.main([str(path), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"{path} holds {name} that are not finite: its run diverged" in err
+
+
 def test_a_model_of_an_unknown_vocabulary_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

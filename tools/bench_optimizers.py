@@ -1,7 +1,8 @@
 """Time whole optimizer steps on all matrices of a model, and measure how exact they are.
 
-    python tools/bench_optimizers.py                # prints a table, appends to records/bench/
-    python tools/bench_optimizers.py --shapes 1.1B --out FILE --momentum momentum.pt
+    python tools/bench_optimizers.py                # prints rows, appends a line to logs/bench/
+    python tools/bench_optimizers.py --shapes 1.1B --momentum momentum.pt
+    python tools/bench_optimizers.py --out records/bench/optimizers.jsonl   # for the pages
 
 Times are medians of CUDA events after warm-up, with fp32 weights, gradients and momentum. The
 hyperparameters change in every step; a recompilation or a host sync is an error. peak_mib is the
@@ -26,11 +27,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "logs/bench"  # records/ is committed: its pages must agree with what it holds
 sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from optimizers import OPTIMIZERS, Aspect  # noqa: E402
 from optimizers.replay import Replay  # noqa: E402
@@ -210,7 +217,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", choices=names, help="measure only these"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "records/bench/optimizers.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT / "optimizers.jsonl")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     real = torch.load(args.momentum, weights_only=True) if args.momentum else {}

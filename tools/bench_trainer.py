@@ -7,7 +7,8 @@
     python tools/bench_trainer.py --expansions 4 8 16 --widths 768 1024 1536   # larger models
 
 The tokens are random; shards of the real format hold them in a temporary folder. Each size prints
-one line and appends it to records/bench/trainer.jsonl (or --out FILE):
+one line and appends it to logs/bench/trainer.jsonl. With --out records/bench/trainer.jsonl it is
+for the pages, which `python -m records.pages` then writes anew.
 
     start_s         seconds from the start of the process to the first timed step
     optimizer_ms    time of the optimizer's part of a step, with gradients already in place
@@ -40,11 +41,16 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import train_gpt  # noqa: E402, I001 (first: its clock starts before torch is imported)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from bench_optimizers import append_line, commit, seconds_of  # noqa: E402
+from bench_optimizers import OUT, append_line, commit, seconds_of  # noqa: E402
 from data.loader import open_shards, train_batches  # noqa: E402
 from data.shards import write_shard  # noqa: E402
 from models.world import World, choose_device  # noqa: E402
@@ -243,7 +249,7 @@ def parse() -> tuple[argparse.Namespace, train_gpt.Config]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bench-steps", type=int, default=20)
     parser.add_argument("--check-ranks", action="store_true", help="make at least 200 steps")
-    parser.add_argument("--out", type=Path, default=ROOT / "records/bench/trainer.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT / "trainer.jsonl")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS")
     parser.add_argument("--trace", type=Path, help="default: --out with .trace.json.gz")
     parser.add_argument("--expansions", type=int, nargs="+", default=[])

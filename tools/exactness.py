@@ -1,8 +1,8 @@
 """Measure how exact the polar methods are, and how close the optimizers are to their references.
 
-    python tools/exactness.py               # prints two tables, appends to records/bench/
+    python tools/exactness.py               # prints two tables, appends to logs/bench/
     python tools/exactness.py --large       # polar factors of 3072 x 768 in place of 768 x 192
-    python tools/exactness.py --out FILE    # appends elsewhere
+    python tools/exactness.py --out records/bench/exactness.jsonl      # for the pages
 
 Table `polar` takes matrices with log-spaced singular values from 1 to 1/condition. For a method's U
 it shows |U^T U - I| / sqrt(n) (orthogonality) and |U - exact| / |exact| (error), in Frobenius
@@ -15,14 +15,18 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import references  # noqa: E402
-from bench_optimizers import append_line, commit  # noqa: E402
+import torch  # noqa: E402
+from bench_optimizers import OUT, append_line, commit  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from optimizers import OPTIMIZERS  # noqa: E402
 from optimizers.polar import POLAR, polar  # noqa: E402
@@ -103,7 +107,7 @@ def name(dtype: torch.dtype) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--large", action="store_true", help="use 3072 x 768, for a GPU")
-    parser.add_argument("--out", type=Path, default=ROOT / "records/bench/exactness.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT / "exactness.jsonl")
     args = parser.parse_args()
     cuda, command = torch.cuda.is_available(), "python tools/exactness.py"
     shape = (3072, 768) if args.large else (768, 192)

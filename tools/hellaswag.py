@@ -19,6 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import torch
 import torch.nn.functional as F
 from bench_optimizers import append_line, commit  # puts the root on the path

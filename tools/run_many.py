@@ -43,6 +43,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import torch  # noqa: E402
 
 from optimizers import OPTIMIZERS  # noqa: E402

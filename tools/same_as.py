@@ -22,6 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,6 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+if __name__ == "__main__":
+    from records.missing import explain
+
+    sys.excepthook = explain
+
 import train_gpt  # noqa: E402, I001 (first: its clock starts before torch is imported)
 import torch  # noqa: E402
 from data.tokenize_text import Tokenizer, load_tokenizer  # noqa: E402
@@ -25,13 +30,15 @@ from records.checkpoint import read_checkpoint  # noqa: E402
 from torch import nn  # noqa: E402
 
 TOKENIZERS = {257: "bytes", 50304: "gpt2"}  # by the size of the vocabulary
+END_OF_TEXT = {"bytes": 256, "gpt2": 50256}
 
 
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, train_gpt.Config, dict]:
     """Return the model of a checkpoint in eval mode, its settings, and the whole checkpoint.
 
-    Only settings of the model's shape are used, and nothing is compiled. FileNotFoundError if there
-    is no file; ValueError if it is no checkpoint or its weights do not fit its settings.
+    It has the weights that were validated. Only settings of its shape are used, and nothing is
+    compiled. FileNotFoundError if there is no file; ValueError if it is no checkpoint, or if its
+    weights do not fit its settings or are not finite.
     """
     defaults = train_gpt.Config()
     saved = read_checkpoint(path, {}, train_gpt.asdict(defaults))
@@ -40,10 +47,41 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, train_gpt.C
         config = train_gpt.Config(**shape, compile=False)
         model = train_gpt.build_model(config, device)
         model.load_state_dict(saved["model"])
-    except (LookupError, TypeError, RuntimeError) as error:
+        if saved.get("around"):
+            read_out(model, config, saved)
+    except (LookupError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is no whole checkpoint of this trainer, {reason}") from None
+    if what := nonfinite(model):
+        raise ValueError(f"{path} holds {what} that are not finite: its run diverged, name another")
     return model.eval(), config, saved
+
+
+def read_out(model: nn.Module, config: train_gpt.Config, saved: dict) -> None:
+    """Give the model the weights of the checkpoint's validation, which may be averages."""
+    config = train_gpt.replace(config, optimizer=saved["config"]["optimizer"])
+    optimizer = train_gpt.build_optimizer(model, config)
+    optimizer.load_state_dict(saved)
+    with optimizer.readout():
+        weights = {name: w.clone() for name, w in model.state_dict().items()}
+    model.load_state_dict(weights)
+
+
+@torch.no_grad()
+def nonfinite(model: nn.Module) -> str:
+    """Return the name of weights that are not finite, "logits" if these are not, or ""."""
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            return name
+    token = torch.zeros(1, 1, dtype=torch.long, device=weights.device)
+    return "" if model.logits(model.hidden(token)).isfinite().all() else "logits"
+
+
+def tokenizer_name(config: train_gpt.Config) -> str:
+    """Return the tokenizer's name, or raise ValueError if none has this vocabulary."""
+    if (name := TOKENIZERS.get(config.vocab_size)) is None:
+        raise ValueError(f"no tokenizer has {config.vocab_size} tokens, expected {TOKENIZERS}")
+    return name
 
 
 def tokenizer_of(config: train_gpt.Config) -> tuple[Tokenizer, Callable[[list[int]], str]]:
@@ -52,8 +90,7 @@ def tokenizer_of(config: train_gpt.Config) -> tuple[Tokenizer, Callable[[list[in
     ValueError if no tokenizer has this vocabulary or tiktoken is not installed; FileNotFoundError
     if tiktoken cannot load its tables.
     """
-    if (name := TOKENIZERS.get(config.vocab_size)) is None:
-        raise ValueError(f"no tokenizer has {config.vocab_size} tokens, expected {TOKENIZERS}")
+    name = tokenizer_name(config)
     try:
         tokenizer = load_tokenizer(name)
     except ModuleNotFoundError as error:

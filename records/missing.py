@@ -1,0 +1,30 @@
+"""One sentence in place of a traceback where a package is not installed.
+
+Scripts make `explain` their sys.excepthook before they import packages. Standard library only.
+"""
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def advice(error: ModuleNotFoundError) -> str:
+    """Return what is missing in which Python, and what to run."""
+    name = (error.name or "").partition(".")[0]
+    return (
+        f"{sys.executable} has no {name}: run `source .venv/bin/activate`, or ./run.sh if there is "
+        f"no .venv (it makes one where python3 lacks packages), or `pip install {name}`"
+    )
+
+
+def explain(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """Exit with one sentence and code 2 if a package is missing, else show the traceback."""
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    ours = (ROOT / name / "__init__.py", ROOT / f"{name}.py", *ROOT.glob(f"*/{name}.py"))
+    if not isinstance(error, ModuleNotFoundError) or any(path.is_file() for path in ours):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"{Path(sys.argv[0]).name}: {advice(error)}", file=sys.stderr)
+    raise SystemExit(2)
