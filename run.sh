@@ -13,7 +13,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 . tools/setup.sh
 
 help() {  # print the trainer's help or, without a torch to run it, the texts in the files
-    local field='^    \([a-z0-9_]*\): [a-z]* = setting(\(.*\), "[a-z]*", "\(.*\)")$'
+    local field='^    \([a-z0-9_]*\): [a-z]* = setting(\(.*\), "[a-z]*", "\([^"]*\)".*)$'
     for python in python3 .venv/bin/python; do
         "$python" train_gpt.py --help 2>/dev/null && exit
     done

@@ -31,10 +31,12 @@ from data.loader import manifest_target, open_shards, train_batches
 from models.ahead import compiled_ahead
 from models.generate import sample_bytes
 from models.head import capped_loss, head_path
+from models.initial import INITIAL
 from models.microbatch import Microbatches
+from models.rotary import rotary_table, rotate
 from models.trunk import fused_trunk, trunk_obstacle
 from models.world import World, choose_device
-from optimizers import OPTIMIZERS, Diagnostics, ModelOptimizer, planned
+from optimizers import OPTIMIZERS, Diagnostics, ModelOptimizer, cooked, planned, recipe_settings
 from records.checkpoint import read_checkpoint, read_trials, restore, write_checkpoint
 from records.options import Settings, read_options, setting
 from records.writer import Log, check_outputs, flatten, say_interrupted
@@ -48,6 +50,7 @@ from records.writer import Log, check_outputs, flatten, say_interrupted
 class Config(Settings):  # records/options.py says what the scopes mean
     preset: str = setting("track3", "", "track3 (FineWeb), prose or demo: all other defaults")
     optimizer: str = setting("muon", "run", "of the matrices: a name in optimizers.OPTIMIZERS")
+    recipe: str = setting("", "run", "published entry to repeat, like track_3#17; list: all")
     seed: int = setting(1, "free", "of the initial weights; the data order never changes", 0)
     trials: int = setting(1, "free", "runs with seeds seed, seed + 1, ...; compiled once")
     steps: int = setting(3250, "run", "optimizer steps; the learning rate reaches zero there")
@@ -72,6 +75,7 @@ class Config(Settings):  # records/options.py says what the scopes mean
     keep: str = setting("last", "free", "checkpoint to keep: last; best: FILE.best.* as well")
     eval: str = setting("", "free", "print this checkpoint's validation loss, train nothing")
     model: str = setting("gpt", "model")  # a name in MODELS
+    init: str = setting("plain", "run")  # a name in INITIAL
     vocab_size: int = setting(50304, "model")
     layers: int = setting(12, "model")
     width: int = setting(768, "model")
@@ -86,6 +90,7 @@ class Config(Settings):  # records/options.py says what the scopes mean
     floor: float = setting(0.0, "schedule")  # to this share of the highest rate
     momentum_steps: int = setting(0, "schedule")  # in which the matrices' momentum rises
     momentum_start: float = setting(0.9, "schedule")  # from this share of it
+    end: float = setting(1.0, "schedule")  # share of the steps at which it would reach zero
     clip: float = setting(0.0, "schedule")  # the most that the gradient's norm may be; 0: any
     average: float = setting(0.0, "schedule")  # steps that an average of the weights spans
     average_from: float = setting(0.0, "schedule")  # share of the steps before it begins
@@ -106,7 +111,7 @@ def parse_config(argv: list[str]) -> Config:
     choices = dict(optimizer=OPTIMIZERS, keep=("last", "best"))
     saved = partial(read_checkpoint, same={}, defaults=asdict(Config()))
     fixed = "track3", "prose"
-    return read_options(argv, Config, PRESETS, fixed, choices, saved)
+    return read_options(argv, Config, PRESETS, fixed, choices, recipe_settings(), saved)
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -139,21 +144,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, (x.size(-1),), self.gain.type_as(x))
-
-
-def rotary_table(row_tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, (row_tokens, 1, head_dim / 2), fp32; half of the pairs do not rotate."""
-    quarter = head_dim // 4
-    frequencies = (1 / 1024) ** torch.linspace(0, 1, quarter, device=device)
-    frequencies = torch.cat([frequencies, torch.zeros(quarter, device=device)])
-    angles = torch.outer(torch.arange(row_tokens, device=device), frequencies)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the rotary embedding of the RMS norm of each head, computed in fp32."""
-    x1, x2 = F.rms_norm(x_BTHD, (x_BTHD.size(-1),)).float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x_BTHD)
 
 
 class Attention(nn.Module):
@@ -303,8 +293,9 @@ def build_optimizer(model: nn.Module, config: Config) -> ModelOptimizer:
     arguments = planned(config.steps, **config.scoped("schedule"))
     arguments |= dict(settings=config.set, lr_scale=config.lr_scale, loss_scale=config.batch_tokens)
     arguments |= dict(dtype=getattr(torch, config.dtype), compile=None if config.compile else False)
-    chosen = config.optimizer, OPTIMIZERS[config.optimizer], adamw
-    optimizer = ModelOptimizer(model.groups(), *chosen, config.steps, **arguments)
+    matrix, groups = cooked(config.recipe, OPTIMIZERS[config.optimizer], model.groups())
+    chosen = config.optimizer, matrix, adamw, config.steps
+    optimizer = ModelOptimizer(groups, *chosen, **arguments)
     optimizer.check_covers(model)
     return optimizer
 
@@ -351,6 +342,7 @@ class Trainer:
     def reset(self, seed: int) -> None:
         """Return to the state of a newly built trainer, with the weights of this seed."""
         self.model.initialise(seed)
+        INITIAL[self.config.init](self.model, seed)
         self.optimizer.reset()
         self.diagnostics = Diagnostics(self.optimizer.matrix, self.model)
         if self.world.device.type == "cuda" and not self.microbatches.graphs:

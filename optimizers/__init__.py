@@ -8,6 +8,7 @@ from .averages import Around, WeightAverage
 from .balance import Balance
 from .diagnostics import Diagnostics, activity
 from .polar import Polar
+from .recipes import RECIPES, cooked, recipe_settings
 from .riemannian import Climb
 from .schedules import planned, ramp, trapezoid
 from .slot import MatrixOptimizer
@@ -63,4 +64,5 @@ __all__ = ["OPTIMIZERS", "Adam", "Around", "Aspect", "Balance", "CautiousDecay",
 __all__ += ["Diagnostics", "EvenRows", "MatrixOptimizer", "ModelOptimizer", "Nesterov", "Polar"]
 __all__ += ["Technique", "WeightAverage", "activity", "planned", "ramp"]
 __all__ += ["trapezoid"]
+__all__ += ["RECIPES", "cooked", "recipe_settings"]
 __all__ += [optimizer.__name__ for optimizer in OPTIMIZERS.values()]

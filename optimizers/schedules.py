@@ -1,11 +1,10 @@
 """Schedules: the factor of a hyperparameter in each step of a run, and plans made of them."""
 
 import math
-from collections.abc import Callable
 
 from .averages import WeightAverage
+from .technique import Schedule
 
-Schedule = Callable[[int, int], float]  # (step, steps) -> factor of a hyperparameter; step from 0
 SHAPES = "linear", "cosine"  # of the fall, before the power
 
 
@@ -15,10 +14,11 @@ def trapezoid(
     shape: str = "linear",
     power: float = 1.0,
     floor: float = 0.0,
+    end: float = 1.0,
 ) -> Schedule:
     """Return a factor that rises, stays 1, and falls in the last steps.
 
-        rise (step + 1) / warmup, at most 1;   x = (1 - step/steps) / cooldown, at most 1
+        rise (step + 1) / warmup, at most 1;   x = (end - step/steps) / cooldown, at most 1
         factor = rise (floor + (1 - floor) shape(x)^power),   cosine(x) = (1 - cos(pi x)) / 2
 
     Args:
@@ -26,7 +26,8 @@ def trapezoid(
         cooldown: share of all steps in which the factor falls; 0: it stays.
         shape: of SHAPES.
         power: exponent of the shape.
-        floor: the factor at the end of the run, 0 to 1.
+        floor: the factor at the end of the fall, 0 to 1.
+        end: where the fall ends, in shares of the run: 1 or more.
 
     Raises ValueError for values outside these ranges.
     """
@@ -36,11 +37,13 @@ def trapezoid(
             raise ValueError(f"schedule.{name} is {value}, expected 0 to {most}")
     if shape not in SHAPES:
         raise ValueError(f"schedule.shape is {shape!r}, expected one of {', '.join(SHAPES)}")
+    if not 1 <= end < math.inf:
+        raise ValueError(f"schedule.end is {end}, expected 1 or more")
     if not 0 < power < math.inf:
         raise ValueError(f"schedule.power is {power}, expected more than 0")
 
     def factor(step: int, steps: int) -> float:
-        x = min(1.0, (1 - step / steps) / cooldown) if cooldown else 1.0
+        x = min(1.0, (end - step / steps) / cooldown) if cooldown else 1.0
         x = 0.5 - 0.5 * math.cos(math.pi * x) if shape == "cosine" else x
         rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
         return rise * (floor + (1 - floor) * x**power)
@@ -55,6 +58,30 @@ def ramp(start: float, length: int) -> Schedule:
             f"ramp from {start} over {length} steps, expected 0 to 1 over 1 step or more"
         )
     return lambda step, steps: start + (1 - start) * min(1.0, step / length)
+
+
+def hump(start: float, rise: float, fall: float) -> Schedule:
+    """Return a factor that rises linearly from `start` to 1 over the first share `rise` of the
+    run, and falls back to it over the last share `fall`."""
+    return lambda step, steps: (
+        start + (1 - start) * min(1.0, step / steps / rise, (1 - step / steps) / fall)
+    )
+
+
+def straight(*points: tuple[float, float]) -> Schedule:
+    """Return a factor that is linear between points (share of the run, factor), constant outside.
+
+    Source: the linear changes of modded-nanogpt's track-3 entries.
+    """
+
+    def factor(step: int, steps: int) -> float:
+        x, found = step / steps, points[0][1]
+        for (a, low), (b, high) in zip(points, points[1:], strict=False):
+            if x > a:
+                found = low + (high - low) * min(1.0, (x - a) / (b - a)) if b > a else high
+        return found
+
+    return factor
 
 
 def planned(

@@ -29,8 +29,7 @@ from .buckets import Bucket, even_parts, owners_by_cost
 from .checks import check_names, check_values
 from .reducer import Reducer, all_gather, grouped
 from .replay import Replay
-from .schedules import Schedule
-from .technique import Technique
+from .technique import Schedule, Technique
 
 # Keys of a parameter group besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}

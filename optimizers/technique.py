@@ -11,8 +11,12 @@ own state it changes in place, so that recorded CUDA graphs find it again. Nothi
 ranks, parameter names or models (slot.py does).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Schedule = Callable[[int, int], float]  # (step, steps) -> factor of a hyperparameter; step from 0
 
 
 class Technique:

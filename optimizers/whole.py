@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .averages import Around
 from .reducer import grouped
-from .schedules import Schedule
 from .slot import MatrixOptimizer
+from .technique import Schedule
 
 NO_HYPERPARAMETERS = {"params", "param_names", "name", "initial_lr"}  # keys of a group
 
@@ -77,8 +77,8 @@ class ModelOptimizer:
             if not any(hyperparameter in group for group in self.groups):
                 raise ValueError(f"{name} has no {hyperparameter}, of which a schedule is given")
         self._initial = [dict(group) for group in self.groups]
-        around = (*matrix.around, *around)
-        self._around = [(technique, technique.start(self.params)) for technique in around]
+        own = matrix.around(steps) if callable(matrix.around) else matrix.around
+        self._started((*own, *around))
 
     def check_covers(self, model: nn.Module) -> None:
         """Assert that every parameter of the model has exactly one optimizer."""
@@ -91,7 +91,7 @@ class ModelOptimizer:
         """Call before the first forward pass of each step; steps count from 0."""
         with torch.no_grad():
             for technique, state in self._around:
-                technique.before_forward(self.params, state, step)
+                technique.before_forward(self._seen_by(technique), state, step)
 
     def before_last_backward(self) -> None:
         """Let reductions start during the next backward pass, which must be the step's last."""
@@ -120,7 +120,18 @@ class ModelOptimizer:
             change_norms = self._group_norms([list(islice(changes, size)) for size in sizes])
             self.norms = torch.stack([gradient_norms, change_norms])
         for technique, state in self._around:
-            technique.after_step(self.params, state, step)
+            technique.after_step(self._seen_by(technique), state, step)
+
+    def _seen_by(self, technique: Around) -> list[Tensor]:
+        """Return the weights that a technique around all weights does not leave out."""
+        if not technique.without:
+            return self.params
+        groups = [group for group in self.groups if group["name"] not in technique.without]
+        return [p for group in groups for p in group["params"]]
+
+    def _started(self, around: Iterable[Around]) -> None:
+        """Let techniques around all weights begin with the weights as they are now."""
+        self._around = [(one, one.start(self._seen_by(one))) for one in around]
 
     @property
     def lr_factor(self) -> float:
@@ -162,10 +173,13 @@ class ModelOptimizer:
     def readout(self) -> Iterator[None]:
         """Hold the weights for validation inside the block, and the trained ones after it."""
         weights = [p.detach() for p in self.params]
-        values = weights
+        values = dict(zip(self.params, weights, strict=True))
         for technique, state in self._around:
-            values = technique.readout(values, state)
-        if values is weights:
+            seen = self._seen_by(technique)
+            found = technique.readout([values[p] for p in seen], state)
+            values |= dict(zip(seen, found, strict=True))
+        values = [*values.values()]
+        if all(value is weight for value, weight in zip(values, weights, strict=True)):
             yield
             return
         kept = [w.clone() for w in weights]
@@ -195,7 +209,7 @@ class ModelOptimizer:
         self.adamw.state.clear()
         self.matrix.reset()
         self.nonfinite.zero_()
-        self._around = [(technique, technique.start(self.params)) for technique, _ in self._around]
+        self._started([technique for technique, _ in self._around])
 
     def state_dict(self) -> dict:
         """Return the state for any number of ranks; every rank must call it."""

@@ -6,6 +6,7 @@ every log holds this file.
 
 import argparse
 import ast
+import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def read_options(
     presets: dict[str, dict],
     fixed: tuple[str, ...],
     choices: dict,
+    recipes: dict[str, tuple[dict, str]],
     saved: Callable[[Path], dict[str, dict]],
 ) -> Settings:
     """Return the settings that these words describe: a preset, then a file, then flags.
@@ -55,6 +57,7 @@ def read_options(
         presets: settings by the preset's name.
         fixed: the presets whose model is part of what they compare.
         choices: the values that a flag may have, by its name.
+        recipes: by name the settings that --recipe stands for, and a line about it.
         saved: reads a checkpoint, with its settings as "config"; --eval takes these over.
 
     Raises ValueError or FileNotFoundError with one sentence. --print-config and --help print and
@@ -69,7 +72,8 @@ def read_options(
                 f"{named.eval} has preset {base['preset']}, found {named.preset}: leave it out"
             )
     name = named.preset or base.get("preset", kind.preset)
-    base = presets.get(name, {}) | dict(preset=name) | base
+    recipe = recipe_named(named.recipe, recipes)
+    base = presets.get(name, {}) | dict(preset=name) | recipe | base
     known = dict(preset=presets, **choices)
     given = vars(flags_parser(kind(**base), known).parse_args(argv))
     if given.pop("config", None):
@@ -77,6 +81,11 @@ def read_options(
     printed = given.pop("print_config", False)
     changes, others = nested_changes((*base.get("set", ()), *given.pop("set", ())), kind)
     options = kind(**base | given | changes | dict(set=others))
+    if recipe and options.optimizer != recipe["optimizer"]:
+        raise ValueError(
+            f"{named.recipe} is a recipe of {recipe['optimizer']}, found optimizer "
+            f"{options.optimizer}: leave one of them out"
+        )
     for name, allowed in choices.items():  # a file or a checkpoint may have another
         if (found := getattr(options, name)) not in allowed:
             raise ValueError(f"{name} is {found!r}, expected one of {', '.join(allowed)}")
@@ -109,6 +118,7 @@ def make_parser(**options: object) -> argparse.ArgumentParser:
         parser.add_argument("--preset")
         parser.add_argument("--config", type=Path)
         parser.add_argument("--eval", type=Path)
+        parser.add_argument("--recipe")
     return parser
 
 
@@ -129,6 +139,19 @@ def flags_parser(defaults: object, choices: dict) -> argparse.ArgumentParser:
     group.add_argument("--config", type=Path, help="JSON file, or log, of settings: your preset")
     group.add_argument("--print-config", action="store_true", help="print such a file and exit")
     return parser
+
+
+def recipe_named(name: str | None, recipes: dict[str, tuple[dict, str]]) -> dict:
+    """Return the settings of a recipe, none without a name; "list" prints all and exits."""
+    if not name:
+        return {}
+    if name == "list":
+        print("\n".join(f"{known}: {about}" for known, (_, about) in recipes.items()))
+        sys.exit(0)
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, cutoff=0.3) or recipes
+        raise ValueError(f"no recipe {name}: did you mean {', '.join(near)}? See --recipe list")
+    return recipes[name][0]
 
 
 def read_settings(path: Path, kind: type) -> dict:

@@ -129,7 +129,8 @@ def check_outputs(config: dict) -> dict[int, tuple[Path, Path | None]]:
     or cannot be written.
     """
     log, checkpoint, first = config["log"], config["checkpoint"], config["seed"]
-    name = f"{config['preset']}_{config['optimizer']}_seed{{}}_{time.strftime('%Y%m%d_%H%M%S')}"
+    what = f"{config['preset']}_{config.get('recipe') or config['optimizer']}".replace("#", "_")
+    name = f"{what}_seed{{}}_{time.strftime('%Y%m%d_%H%M%S')}"
 
     def path_of(given: str, seed: int) -> Path:
         path = Path(given or f"logs/{name.format(seed)}.txt")
@@ -227,7 +228,8 @@ class Log:
         self.file = path.open("x", buffering=1)
         self.file.write(source + "\n".join(filter(None, header)) + "\n")
         size = f"{config['steps']} steps of {config['batch_tokens']:,} tokens"
-        self.say(f"{config['preset']}, {config['optimizer']}, seed {seed}: {size}", file=False)
+        what = config.get("recipe") or config["optimizer"]
+        self.say(f"{config['preset']}, {what}, seed {seed}: {size}", file=False)
         self.say(f"on {world_size} x {device}; log: {path}", file=False)
         for part, kernel in facts.get("kernels", {}).items():
             self.say(f"{part}: {kernel}", file=False)

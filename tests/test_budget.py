@@ -20,23 +20,29 @@ CEILINGS = {
     "models/generate.py": 330,
     "models/graphs.py": 710,
     "models/head.py": 1290,
+    "models/initial.py": 390,
     "models/microbatch.py": 850,
     "models/passes.py": 5450,
+    "models/rotary.py": 230,
     "models/trunk.py": 1600,
     "models/world.py": 690,
     "optimizers/__init__.py": 400,
-    "optimizers/averages.py": 380,
+    "optimizers/averages.py": 1620,
     "optimizers/balance.py": 820,
     "optimizers/buckets.py": 860,
     "optimizers/checks.py": 310,
+    "optimizers/contra.py": 470,
     "optimizers/diagnostics.py": 1780,
     "optimizers/gram.py": 850,
     "optimizers/polar.py": 1120,
+    "optimizers/recipes.py": 1830,
     "optimizers/reducer.py": 1730,
     "optimizers/replay.py": 540,
     "optimizers/riemannian.py": 870,
-    "optimizers/schedules.py": 450,
+    "optimizers/schedules.py": 650,
+    "optimizers/size.py": 510,
     "optimizers/slot.py": 3500,
+    "optimizers/soap.py": 1120,
     "optimizers/symmetric.py": 1430,
     "optimizers/technique.py": 970,
     "optimizers/whole.py": 2420,
@@ -54,7 +60,7 @@ CEILINGS = {
     "records/history.py": 710,
     "records/log.py": 1540,
     "records/missing.py": 190,
-    "records/options.py": 1600,
+    "records/options.py": 1770,
     "records/pack.py": 940,
     "records/pages.py": 1800,
     "records/plot.py": 2440,
@@ -152,10 +158,10 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_the_trainer_has_at_most_25_flags() -> None:
+def test_the_trainer_has_at_most_26_flags() -> None:
     import train_gpt
 
-    assert len([f for f in fields(train_gpt.Config) if f.metadata["help"]]) <= 25
+    assert len([f for f in fields(train_gpt.Config) if f.metadata["help"]]) <= 26
 
 
 def test_the_readme_stays_below_12_kilobytes() -> None:

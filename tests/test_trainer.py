@@ -310,8 +310,8 @@ def test_the_scopes_are_those_that_checkpoints_and_comparisons_need() -> None:
     """Another seed, log or device changes no setting of an experiment; another width does."""
     config = Config()
     model = "model vocab_size layers width head_dim expansion row_tokens dtype"
-    run = "optimizer steps batch_tokens val_tokens lr_scale set fp8"
-    schedule = "warmup cooldown shape power floor momentum_steps momentum_start clip average"
+    run = "optimizer recipe steps batch_tokens val_tokens lr_scale set fp8 init"
+    schedule = "warmup cooldown shape power floor end momentum_steps momentum_start clip average"
     free = "seed trials data log device wandb tensorboard log_every quiet diagnostics checkpoint"
     found = dict(model=model, run=run, schedule=f"{schedule} average_from")
     for scope, names in (found | dict(free=f"{free} keep eval get_data")).items():
