@@ -4,19 +4,19 @@
     python train_gpt.py --optimizer aurora --seed 3 --trials 2    # 1 GPU, seeds 3 and 4
     python train_gpt.py --preset prose --data DIR                 # 1,200 steps on a prose corpus
     python data/embedded.py && python train_gpt.py --preset demo  # no GPU, no download, minutes
-    python train_gpt.py --set fc.lr=0.03 --set aurora.balance=fc  # hyperparameters of groups
+    python train_gpt.py --set fc.lr=0.03 --set schedule.warmup=100  # hyperparameters, schedules
+    python train_gpt.py --preset demo --print-config > my.json      # then --config my.json
 
 Model, data order and validation are those of modded-nanogpt's optimizer track and stay fixed; the
 optimizer is free. A log begins with the whole source of its run: the text above its first line of
 100 '=' is a script that, run with the same arguments, gives the same losses.
 """
 
-import argparse
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +34,9 @@ from models.head import capped_loss, head_path
 from models.microbatch import Microbatches
 from models.trunk import fused_trunk, trunk_obstacle
 from models.world import World, choose_device
-from optimizers import OPTIMIZERS, Diagnostics, ModelOptimizer
-from records.checkpoint import read_checkpoint, read_trials, write_checkpoint
+from optimizers import OPTIMIZERS, Diagnostics, ModelOptimizer, planned
+from records.checkpoint import read_checkpoint, read_trials, restore, write_checkpoint
+from records.options import Settings, read_options, setting
 from records.writer import Log, check_outputs, flatten, say_interrupted
 
 ####################################################################################################
@@ -43,17 +44,11 @@ from records.writer import Log, check_outputs, flatten, say_interrupted
 ####################################################################################################
 
 
-def setting(default: object, scope: str, help: str = "") -> object:
-    """Return a field of Config; help makes it a flag. To use a checkpoint, scope "model" must be
-    equal, to resume it "run" as well, to compare runs "" too; "free" changes no loss."""
-    return field(default=default, metadata=dict(scope=scope, help=help))
-
-
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):  # records/options.py says what the scopes mean
     preset: str = setting("track3", "", "track3 (FineWeb), prose or demo: all other defaults")
     optimizer: str = setting("muon", "run", "of the matrices: a name in optimizers.OPTIMIZERS")
-    seed: int = setting(1, "free", "of the initial weights; the data order never changes")
+    seed: int = setting(1, "free", "of the initial weights; the data order never changes", 0)
     trials: int = setting(1, "free", "runs with seeds seed, seed + 1, ...; compiled once")
     steps: int = setting(3250, "run", "optimizer steps; the learning rate reaches zero there")
     target: float = setting(3.28, "", "validation loss to reach; 0: that of the data's manifest")
@@ -64,13 +59,17 @@ class Config:
     val_tokens: int = setting(10_485_760, "run", "tokens of a validation, from the shard's start")
     val_every: int = setting(125, "", "steps between validations; a fifth of it in the last tenth")
     lr_scale: float = setting(1.0, "run", "multiplies all learning rates")
-    set: tuple = setting((), "run", "group.name=value, repeatable: changes one hyperparameter")
+    set: tuple = setting((), "run", "group, schedule or model.name=value, repeatable")
     device: str = setting("", "free", "cuda, mps or cpu; default: the first that works")
     compile: bool = setting(True, "", "--no-compile: eager, as CPU and MPS always are")
     fp8: bool = setting(False, "run", "8-bit inputs of the head and, on Hopper, of the MLPs")
     wandb: bool = setting(False, "free", "log to Weights & Biases as well")
+    tensorboard: str = setting("", "free", "folder: log to TensorBoard as well")
+    log_every: int = setting(0, "free", "log losses, rates and norms every N steps as well")
+    quiet: bool = setting(False, "free", "print the end's summary only")
     diagnostics: bool = setting(False, "free", "log at validations what updates do to neurons")
     checkpoint: str = setting("", "free", "file to write at validations, and to resume from")
+    keep: str = setting("last", "free", "checkpoint to keep: last; best: FILE.best.* as well")
     eval: str = setting("", "free", "print this checkpoint's validation loss, train nothing")
     model: str = setting("gpt", "model")  # a name in MODELS
     vocab_size: int = setting(50304, "model")
@@ -80,14 +79,19 @@ class Config:
     expansion: int = setting(4, "model")  # MLP neurons over width
     row_tokens: int = setting(1024, "model")  # context length
     dtype: str = setting("bfloat16", "model")  # of activations, embedding and polar factors
-    cooldown: float = setting(0.7, "run")  # share of the steps in which the learning rate falls
+    warmup: int = setting(0, "schedule")  # steps in which the learning rate rises
+    cooldown: float = setting(0.7, "schedule")  # share of the steps in which it falls
+    shape: str = setting("linear", "schedule")  # of the fall: linear or cosine,
+    power: float = setting(1.0, "schedule")  # to this power,
+    floor: float = setting(0.0, "schedule")  # to this share of the highest rate
+    momentum_steps: int = setting(0, "schedule")  # in which the matrices' momentum rises
+    momentum_start: float = setting(0.9, "schedule")  # from this share of it
+    clip: float = setting(0.0, "schedule")  # the most that the gradient's norm may be; 0: any
+    average: float = setting(0.0, "schedule")  # steps that an average of the weights spans
+    average_from: float = setting(0.0, "schedule")  # share of the steps before it begins
     wrap: bool = setting(False, "")  # start again when the shards are used up
     sample_tokens: int = setting(0, "")  # of text, generated after the run
     get_data: str = setting("python data/cached_fineweb10B.py 18", "free")  # fills the data folder
-
-    def scoped(self, *scope: str) -> dict:
-        """Return the settings of these scopes."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["scope"] in scope}
 
 
 PROSE = dict(data="data/prose", steps=1200, batch_tokens=131_072, val_tokens=2_097_152, wrap=True)
@@ -99,31 +103,16 @@ PRESETS = dict(track3={}, prose=PROSE, demo=DEMO)
 
 
 def parse_config(argv: list[str]) -> Config:
-    def fail(message: str) -> None:
-        raise ValueError(f"{message}; see python train_gpt.py --help")
-
-    parser = argparse.ArgumentParser(description="GPT-2 124M speedrun", allow_abbrev=False)
-    parser.error = fail  # main prints one sentence, on one rank
-    actions = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(action="append")}
-    choices = dict(preset=PRESETS, optimizer=OPTIMIZERS)
-    for f in fields(Config):
-        if f.metadata["help"]:
-            names = ["--" + f.name.replace("_", "-")] + ["--log-file"] * (f.name == "log")
-            parsed = actions.get(f.type, dict(type=f.type, choices=choices.get(f.name)))
-            parsed |= dict(help=f.metadata["help"], default=argparse.SUPPRESS)
-            parser.add_argument(*names, **parsed)
-    given = vars(parser.parse_args(argv))
-    return Config(**PRESETS[given.get("preset", Config.preset)] | given)
+    choices = dict(optimizer=OPTIMIZERS, keep=("last", "best"))
+    saved = partial(read_checkpoint, same={}, defaults=asdict(Config()))
+    fixed = "track3", "prose"
+    return read_options(argv, Config, PRESETS, fixed, choices, saved)
 
 
 def check_config(config: Config, world_size: int) -> None:
     given = asdict(config)
-    for name in ("steps", "trials", "val_every", "batch_tokens", "val_tokens", "rows"):
-        least = 0 if name == "rows" else 1
-        if given[name] < least:
-            raise ValueError(f"{name} is {given[name]}, expected {least} or more")
-    if not 0 <= config.seed < 2**63 - config.trials:  # torch's limit
-        raise ValueError(f"seed is {config.seed}, expected 0 or more and less than 2**63 - trials")
+    if config.seed + config.trials >= 2**63:  # torch's limit
+        raise ValueError(f"seed is {config.seed}, expected less than 2**63 - trials")
     for name, rows in (("batch_tokens", max(config.rows, 1)), ("val_tokens", 1)):
         unit = world_size * rows * config.row_tokens
         if given[name] % unit:
@@ -267,6 +256,11 @@ class GPT(nn.Module):
             else:
                 raise AssertionError(f"no initialisation for {name}")
 
+    def flops_per_token(self) -> float:
+        """Return those of matmuls in both passes; attention sees half of the context on average."""
+        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        return 6 * (linear + len(self.blocks) * self.head.in_features * len(self.rotary[0]))
+
     def groups(self) -> list[dict]:
         """Return parameters by role, with AdamW's rates; a neuron_axis marks matrices."""
 
@@ -305,14 +299,12 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
 
 def build_optimizer(model: nn.Module, config: Config) -> ModelOptimizer:
     """Return the chosen optimizer for the blocks' matrices, with AdamW for everything else."""
-    if config.optimizer not in OPTIMIZERS:  # a checkpoint may name another
-        raise ValueError(f"optimizer {config.optimizer!r} is none of {[*OPTIMIZERS]}")
     adamw = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001, fused=True)  # of track_3#36
-    schedules = dict(lr=lambda step, steps: min(1.0, (1 - step / steps) / config.cooldown))
-    arguments = dict(settings=config.set, lr_scale=config.lr_scale)
+    arguments = planned(config.steps, **config.scoped("schedule"))
+    arguments |= dict(settings=config.set, lr_scale=config.lr_scale, loss_scale=config.batch_tokens)
     arguments |= dict(dtype=getattr(torch, config.dtype), compile=None if config.compile else False)
     chosen = config.optimizer, OPTIMIZERS[config.optimizer], adamw
-    optimizer = ModelOptimizer(model.groups(), *chosen, config.steps, schedules, **arguments)
+    optimizer = ModelOptimizer(model.groups(), *chosen, config.steps, **arguments)
     optimizer.check_covers(model)
     return optimizer
 
@@ -320,6 +312,10 @@ def build_optimizer(model: nn.Module, config: Config) -> ModelOptimizer:
 def validates(step: int, config: Config) -> bool:
     every = config.val_every if 10 * step < 9 * config.steps else max(config.val_every // 5, 1)
     return step == config.steps or step % every == 0
+
+
+def measures(step: int, config: Config) -> bool:
+    return validates(step, config) or config.log_every > 0 and not step % config.log_every
 
 
 ####################################################################################################
@@ -347,7 +343,7 @@ class Trainer:
         with compiled_ahead(self.world.device, settle):
             for p in self.model.parameters():
                 p.grad = p.data.zero_().clone()  # uninitialised memory may hold nan
-            self.optimizer.step(0)  # its state is then in memory while rows are tried
+            self.optimizer.step(0, True)  # its state is then in memory while rows are tried
         self.optimizer.before_forward(0)
         settle()
         self.microbatches.record(self.losses, self.val)
@@ -367,12 +363,13 @@ class Trainer:
         self.optimizer.before_forward(step)
         tokens = tokens.to(device, non_blocking=True)
         loss = self.microbatches.backward(tokens, self.optimizer.before_last_backward)
-        self.optimizer.step(step)
+        self.optimizer.step(step, measures(step + 1, self.config))
         return loss
 
     def train(self, log: Log, seed: int, saved: dict, path: Path | None) -> str:
         """Train from reset or saved weights; returns "complete" or the reason for an early end."""
-        config, world, never = self.config, self.world, self.config.steps + 1
+        config, world, optimizer = self.config, self.world, self.optimizer
+        never = config.steps + 1
         first, self.points = saved["step"], saved["points"]  # (step, loss, seconds) of validations
         batches = train_batches(self.shards, config.batch_tokens, world.rank, world.size, first)
         bad_step = torch.full((), never, device=world.device)  # the first with a non-finite loss
@@ -385,7 +382,7 @@ class Trainer:
                 val_loss = self.losses(self.val) / config.val_tokens
                 log.validated(step, seconds, val_loss)
                 self.points.append((step, val_loss, seconds))
-                if bad := self.optimizer.nonfinite_steps(self.model.named_parameters()):
+                if bad := optimizer.nonfinite_steps(self.model.named_parameters()):
                     log.record("nonfinite", step=step, gradients=bad)
                 first_bad = int(world.all_reduce(bad_step.clone(), "MIN"))
                 if first_bad < never or not math.isfinite(val_loss):
@@ -401,9 +398,11 @@ class Trainer:
                 loss = self.step(step, next(batches))
                 bad_step = bad_step.minimum(torch.where(loss.isfinite(), never, step + 1))
                 if step == first:
-                    log.record("optim", step=step + 1, groups=self.optimizer.read_back())
+                    log.record("optim", step=step + 1, groups=optimizer.read_back())
                 elapsed = seconds + time.perf_counter() - started
-                log.trained(step + 1, elapsed, loss, self.optimizer.lr_factor)
+                log.trained(step + 1, elapsed, loss, optimizer.lr_factor)
+                if measures(step + 1, config):
+                    log.measured(step + 1, elapsed, world.all_reduce(loss), **optimizer.measured())
         return "complete"
 
     def losses(self, tokens: Tensor) -> float:
@@ -424,7 +423,7 @@ class Trainer:
         """Write everything that a run of any number of ranks needs to go on."""
         state = self.optimizer.state_dict()  # every rank takes part
         if self.world.rank == 0:
-            facts = dict(seed=seed, step=step, points=self.points, **state)
+            facts = dict(points=self.points, seed=seed, step=step, **state)
             weights = self.model.state_dict()
             write_checkpoint(path, asdict(self.config), weights, self.shards, **facts)
 
@@ -436,17 +435,19 @@ def run_trials(trainer: Trainer, saved: dict[int, dict], paths: dict, start: dic
     kernels = trainer.model.kernels | dict(optimizer=trainer.optimizer.matrix.kernel())
     start |= dict(device=world.device_name, world_size=world.size, shards=[*trainer.shards])
     start |= dict(config=asdict(config), free=[*config.scoped("free")], kernels=kernels)
+    start |= dict(peak=world.peak_flops / trainer.model.flops_per_token())
     for seed, (path, checkpoint) in paths.items():
         trainer.reset(seed)
-        log = Log(path if world.rank == 0 else None, wandb=config.wandb, seed=seed, **start)
+        expected_s = config.steps * microbatches.seconds_per_step(trainer.val, world.synchronize)
+        log = Log(path if world.rank == 0 else None, seed=seed, expected_s=expected_s, **start)
         begun = saved.get(seed, dict(step=0, points=[]))
         if seed in saved:
-            trainer.model.load_state_dict(begun["model"])
-            trainer.optimizer.load_state_dict(begun)
+            restore(begun, trainer.model, trainer.optimizer)
             log.record("resumed", step=begun["step"], checkpoint=config.checkpoint)
         status = trainer.train(log, seed, begun, checkpoint)
         agree = world.same(list(trainer.model.parameters()))
-        status = status if agree else "ranks hold different parameters"
+        if not agree:
+            status = "ranks hold different parameters"
         facts = dict(rows=microbatches.rows, graphs=bool(microbatches.graphs), start_s=start_s)
         log.record_end(status, ranks_agree=agree, **facts)
         if config.sample_tokens and status == "complete":
@@ -471,20 +472,19 @@ def main(argv: list[str]) -> int:
         target = config.target or manifest_target(config.data, config.get_data)
         config, defaults = replace(config, target=target), asdict(Config())
         world = World(rank, size, choose_device(config.device))
-        saved = read_trials(paths, config.scoped("model", "run"), defaults, shards)
+        saved = read_trials(paths, config.scoped("model", "run", "schedule"), defaults, shards)
         if config.eval:
-            weights = read_checkpoint(Path(config.eval), config.scoped("model"), defaults)
-            config = replace(config, optimizer=weights["config"]["optimizer"])
+            saved = {0: read_checkpoint(Path(config.eval), config.scoped("model"), defaults)}
         trainer = Trainer(config, world, shards, val_tokens)
         trainer.warm_up()
+        for found in saved.values():  # refused now if it does not fit, before a log is written
+            restore(found, trainer.model, trainer.optimizer)
         if config.eval:
-            trainer.model.load_state_dict(weights["model"])
-            trainer.optimizer.load_state_dict(weights)  # may hold averages, to be validated
             loss = trainer.losses(trainer.val) / config.val_tokens
             if rank == 0:
-                print(f"step:{weights['step']} val_loss:{loss:.5f} {config.eval}")
+                print(f"step:{found['step']} val_loss:{loss:.5f} {config.eval}")
     except (ValueError, FileNotFoundError) as error:
-        if rank > 0:
+        if rank:
             time.sleep(10)  # rank 0 speaks, exits, and torchrun ends this one; or it is alone in it
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2

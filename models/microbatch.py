@@ -5,6 +5,7 @@ kernels takes longer than running them (graphs.py).
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -38,6 +39,7 @@ class Microbatches:
         self.model, self.row_tokens, self.everywhere = model, row_tokens, everywhere
         divisors = [n for n in range(model.rows, 0, -1) if step_rows % n == 0]
         self.candidates = [rows] if rows else divisors
+        self.step_tokens = step_rows * row_tokens
         self.may_record, self.rows = may_record, rows  # `settle` finds the rows
         self.graphs: MicrobatchGraphs | None = None
 
@@ -92,6 +94,20 @@ class Microbatches:
         for name, p in self.model.named_parameters():
             if p.grad is None:
                 raise ValueError(f"the parameter {name} has no gradient: the loss must use it")
+
+    def seconds_per_step(self, tokens: Tensor, synchronize: Callable[[], None]) -> float:
+        """Return how long the gradient of a step takes, by one microbatch; none is left.
+
+        `tokens` are L + 1, as in `split`. All ranks call it; synchronize() waits for them.
+        """
+        tokens = tokens[: self.rows * self.row_tokens + 1]
+        synchronize()
+        started = time.perf_counter()
+        self.backward(tokens)
+        synchronize()
+        self.model.zero_grad()
+        share = (len(tokens) - 1) / self.step_tokens
+        return (time.perf_counter() - started) / share
 
     def fits(self, work: Callable[[], object]) -> bool:
         """True if every rank has the memory for this work; if not, no gradients are left."""

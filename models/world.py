@@ -7,6 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PEAK_TFLOPS = {  # dense bf16 with fp32 sums, of the makers' data sheets, by a part of the name
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "MI300X": 1307,
+}
+
 
 class World:
     """The process group (NCCL between GPUs, gloo between CPUs), or one process without a group."""
@@ -35,6 +48,12 @@ class World:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
         return tensor
+
+    @property
+    def peak_flops(self) -> float:
+        """Return the floating-point operations per second of all devices; 0 if unknown."""
+        known = (tflops for part, tflops in PEAK_TFLOPS.items() if part in self.device_name)
+        return 1e12 * self.size * next(known, 0)
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -9,8 +9,9 @@ from .balance import Balance
 from .diagnostics import Diagnostics, activity
 from .polar import Polar
 from .riemannian import Climb
+from .schedules import planned, ramp, trapezoid
 from .slot import MatrixOptimizer
-from .technique import Adam, Aspect, CautiousDecay, Decay, EvenRows, Nesterov, Technique, ramp
+from .technique import Adam, Aspect, CautiousDecay, Decay, EvenRows, Nesterov, Technique
 from .whole import ModelOptimizer
 
 
@@ -60,5 +61,6 @@ OPTIMIZERS = {
 }
 __all__ = ["OPTIMIZERS", "Adam", "Around", "Aspect", "Balance", "CautiousDecay", "Climb", "Decay"]
 __all__ += ["Diagnostics", "EvenRows", "MatrixOptimizer", "ModelOptimizer", "Nesterov", "Polar"]
-__all__ += ["Technique", "WeightAverage", "activity", "ramp"]
+__all__ += ["Technique", "WeightAverage", "activity", "planned", "ramp"]
+__all__ += ["trapezoid"]
 __all__ += [optimizer.__name__ for optimizer in OPTIMIZERS.values()]

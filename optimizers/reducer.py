@@ -191,11 +191,16 @@ class Reducer:
                 piece.wait()
 
     @torch.no_grad()
+    def wait_all(self) -> None:
+        """Wait for everything launched."""
+        for piece in self.pieces:
+            piece.wait()
+
     def clear(self) -> None:
         """Wait for everything launched and forget it: it has been used, or no step follows."""
         self.remove_hooks()
+        self.wait_all()
         for piece in self.pieces:
-            piece.wait()
             piece.grads = []
             if isinstance(piece, OwnedPiece):
                 piece.sent = []

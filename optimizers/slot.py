@@ -29,7 +29,8 @@ from .buckets import Bucket, even_parts, owners_by_cost
 from .checks import check_names, check_values
 from .reducer import Reducer, all_gather, grouped
 from .replay import Replay
-from .technique import Schedule, Technique
+from .schedules import Schedule
+from .technique import Technique
 
 # Keys of a parameter group besides hyperparameters; the last two are torch's.
 TAGS = {"params", "name", "neuron_axis", "param_names", "initial_lr"}
@@ -178,6 +179,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         self._others = others
         self._reducer = Reducer(self._buckets, self.reduce_dtype, others)
+
+    def summed_gradients(self) -> list[list[Tensor]]:
+        """Return the summed gradients of the matrices that this rank owns, by group.
+
+        Every rank must call it, after the last backward pass; it waits for the sums, those of
+        reduce_also() too. The next step uses what is then written into these tensors.
+        """
+        self._check_gradients()
+        if self._reduces:
+            self._reducer.launch_rest()
+            self._reducer.wait_all()
+        found: list[list[Tensor]] = [[] for _ in self.param_groups]
+        for bucket in self._buckets:
+            number = [group is bucket.group for group in self.param_groups].index(True)
+            found[number] += self._gradients(bucket, slice(0, len(bucket.owned[self.rank])))
+        return found
 
     def kernel(self) -> str:
         """Return how the maths runs: eager or compiled, and which kernels, for the log."""

@@ -11,12 +11,8 @@ own state it changes in place, so that recorded CUDA graphs find it again. Nothi
 ranks, parameter names or models (slot.py does).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-Schedule = Callable[[int, int], float]  # (step, steps) -> factor of a hyperparameter; step from 0
 
 
 class Technique:
@@ -144,8 +140,3 @@ class Adam(Technique):
         m = state["momentum"].lerp_(U, 1 - beta1) / (1 - beta1**t)
         v = state["square"].lerp_(U.square(), 1 - beta2) / (1 - beta2**t)
         return m / (v.sqrt() + group["eps"])
-
-
-def ramp(start: float, length: int) -> Schedule:
-    """Return a factor that rises linearly from `start` to 1 over the first `length` steps."""
-    return lambda step, steps: start + (1 - start) * min(1.0, step / length)

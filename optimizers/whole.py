@@ -9,14 +9,16 @@ import ast
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .averages import Around
 from .reducer import grouped
+from .schedules import Schedule
 from .slot import MatrixOptimizer
-from .technique import Schedule
 
 NO_HYPERPARAMETERS = {"params", "param_names", "name", "initial_lr"}  # keys of a group
 
@@ -34,6 +36,11 @@ class ModelOptimizer:
             the matrix optimizer's own schedules replace and complete them for its groups.
         settings: "where.name=value" each, where `where` is a group or an optimizer's name.
         lr_scale: multiplies all learning rates.
+        around: techniques around all weights, besides the matrix optimizer's own.
+        clip: the largest norm of all gradients together, to which larger ones are scaled down; 0:
+            none.
+        loss_scale: gradients are of this times the loss whose gradient norms are clipped and
+            measured, as with losses that are summed over tokens.
         dtype: the type of the matrix optimizer's matmuls, if it has that hyperparameter.
         compile: as in MatrixOptimizer.
     """
@@ -48,10 +55,16 @@ class ModelOptimizer:
         schedules: dict[str, Schedule],
         settings: Iterable[str] = (),
         lr_scale: float = 1.0,
+        around: Iterable[Around] = (),
+        clip: float = 0.0,
+        loss_scale: float = 1.0,
         dtype: torch.dtype = torch.bfloat16,
         compile: bool | None = None,
     ) -> None:
         self.name, self.steps, self.schedules = name, steps, schedules
+        if not 0 <= clip < math.inf:
+            raise ValueError(f"clip is {clip}, expected a norm above 0, or 0 for none")
+        self.clip, self.loss_scale, self.norms = clip, loss_scale, Tensor()
         self.adamw = torch.optim.AdamW([g for g in groups if "neuron_axis" not in g], **adamw)
         types = dict(dtype=dtype) if "dtype" in matrix.defaults else {}
         matrices = [g for g in groups if "neuron_axis" in g]
@@ -60,8 +73,12 @@ class ModelOptimizer:
         self.matrix.reduce_also([p for g in self.adamw.param_groups for p in g["params"]])
         self.nonfinite = torch.zeros(len(self.params), device=self.params[0].device)
         self._change(settings, lr_scale)
+        for hyperparameter in schedules:
+            if not any(hyperparameter in group for group in self.groups):
+                raise ValueError(f"{name} has no {hyperparameter}, of which a schedule is given")
         self._initial = [dict(group) for group in self.groups]
-        self._around = [(technique, technique.start(self.params)) for technique in matrix.around]
+        around = (*matrix.around, *around)
+        self._around = [(technique, technique.start(self.params)) for technique in around]
 
     def check_covers(self, model: nn.Module) -> None:
         """Assert that every parameter of the model has exactly one optimizer."""
@@ -81,15 +98,27 @@ class ModelOptimizer:
         self.matrix.before_last_backward()
 
     @torch.no_grad()
-    def step(self, step: int) -> None:
-        """Step all weights and drop the gradients; steps count from 0."""
+    def step(self, step: int, measure: bool = False) -> None:
+        """Step all weights and drop the gradients; steps count from 0.
+
+        measure: let `norms` (2, groups) hold, for each group, the norm of its gradient before
+        clipping and that of the change of its weights. They stay on the device.
+        """
         self._follow_schedules(step)
+        if measure or self.clip:
+            gradient_norms = self._gradient_norms()
+        before = [p.clone() for p in self.params] if measure else []
         self.matrix.step()  # also sums the gradients of AdamW's parameters
         norms = torch._foreach_norm([p.grad.float() for p in self.params], math.inf)
         self.nonfinite += torch.stack(norms).isfinite().logical_not()
         self.adamw.step()
         for p in self.params:
             p.grad = None
+        if measure:
+            torch._foreach_sub_(before, [p.detach() for p in self.params])
+            sizes, changes = [len(group["params"]) for group in self.groups], iter(before)
+            change_norms = self._group_norms([list(islice(changes, size)) for size in sizes])
+            self.norms = torch.stack([gradient_norms, change_norms])
         for technique, state in self._around:
             technique.after_step(self.params, state, step)
 
@@ -97,6 +126,29 @@ class ModelOptimizer:
     def lr_factor(self) -> float:
         """Return the learning rate of the last step over the initial one, of the first group."""
         return self.groups[0]["lr"] / self.groups[0]["initial_lr"]
+
+    def measured(self) -> dict[str, object]:
+        """Return the norms of the last step that measured, and its learning rates, by group."""
+        return dict(norms=self.norms, rates={group["name"]: group["lr"] for group in self.groups})
+
+    def _gradient_norms(self) -> Tensor:
+        """Return each group's gradient norm (groups,), over all ranks; then clip the gradients."""
+        owned = self.matrix.summed_gradients()  # those of AdamW are then summed as well
+        adamw = [[p.grad for p in group["params"]] for group in self.adamw.param_groups]
+        squares = self._group_norms(owned).square()
+        if grouped():
+            dist.all_reduce(squares)
+        norms = torch.cat([self._group_norms(adamw), squares.sqrt()]) / self.loss_scale
+        if self.clip:
+            factor = (self.clip / norms.norm()).clamp_max(1.0)  # 1 for a norm of 0
+            torch._foreach_mul_([grad for grads in adamw + owned for grad in grads], factor)
+        return norms
+
+    def _group_norms(self, groups: list[list[Tensor]]) -> Tensor:
+        """Return the norm of the tensors of each group together, (groups,) in float32."""
+        zero = torch.zeros((), device=self.nonfinite.device)
+        norms = [torch._foreach_norm(some or [zero], dtype=torch.float32) for some in groups]
+        return torch.stack([torch.stack(each).norm() for each in norms])
 
     def _follow_schedules(self, step: int) -> None:
         for group, initial in zip(self.groups, self._initial, strict=True):

@@ -5,10 +5,10 @@ file.
 """
 
 import pickle
+import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 
 # What torch.load raises for files that are damaged or something else.
 UNREADABLE = RuntimeError, ValueError, TypeError, LookupError, OSError, EOFError, pickle.PickleError
@@ -19,14 +19,32 @@ def shard_sizes(shards: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def write_checkpoint(
-    path: Path, config: dict, weights: dict, shards: dict[str, torch.Tensor], **facts: object
+    path: Path,
+    config: dict,
+    weights: dict,
+    shards: dict[str, torch.Tensor],
+    points: list[tuple[int, float, float]],
+    **facts: object,
 ) -> None:
-    """Save settings, weights, the sizes of the shards and facts; `path` is replaced in one step."""
+    """Save settings, weights, the sizes of the shards, validations (step, loss, seconds) and facts.
+
+    `path` is replaced in one step; if the settings keep the best checkpoint and the last loss is
+    the lowest, so is best_of(path).
+    """
     weights = {name: w.clone() for name, w in weights.items()}  # a view would save all its storage
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    torch.save(dict(config=config, model=weights, shards=shard_sizes(shards), **facts), part)
+    facts |= dict(shards=shard_sizes(shards), points=points)
+    torch.save(dict(config=config, model=weights, **facts), part)
     part.replace(path)
+    if config.get("keep") == "best" and points[-1][1] <= min(loss for _, loss, _ in points):
+        shutil.copyfile(path, part)
+        part.replace(best_of(path))
+
+
+def best_of(path: Path) -> Path:
+    """Return the name of the best checkpoint beside the last: run.best.pt beside run.pt."""
+    return path.with_suffix(f".best{path.suffix}")
 
 
 def read_checkpoint(path: Path, same: dict, defaults: dict, **given: object) -> dict:
@@ -46,7 +64,17 @@ def read_checkpoint(path: Path, same: dict, defaults: dict, **given: object) -> 
     for name, found, expected in pairs + [(key, saved.get(key), given[key]) for key in given]:
         if found != expected:
             raise ValueError(f"{path} was made with {name} {found}, now it is {expected}")
-    return saved
+    return dict(saved, path=str(path))
+
+
+def restore(saved: dict, model: torch.nn.Module, optimizer: object) -> None:
+    """Load the weights and the optimizer's state of a checkpoint; ValueError if they do not fit."""
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved)
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[-1].strip()[:200]
+        raise ValueError(f"{saved['path']} does not fit model and optimizer: {reason}") from None
 
 
 def read_trials(
@@ -62,16 +90,3 @@ def read_trials(
         for seed, (_, path) in paths.items()
         if path and path.is_file()
     }
-
-
-def restore(path: Path, saved: dict, model: nn.Module, optimizer: object) -> None:
-    """Load the weights and the optimizer's state; ValueError, one sentence, if they do not fit."""
-    try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved)
-    except (*UNREADABLE, AttributeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} does not fit this model and optimizer: {reason}: name another checkpoint, or "
-            "use the code that wrote it"
-        ) from None

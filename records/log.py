@@ -32,6 +32,7 @@ REQUIRED = {  # the words that we know, and the keys that readers rely on with t
         "config": dict,
     },
     "optim": {"step": int, "groups": list},
+    "train": {"step": int, "lr": dict},
     "target": {"loss": NUMBER, "step": int, "crossing_step": NUMBER},
     "end": {"status": str},
 }

@@ -132,6 +132,40 @@ def draw_diagnostics(groups: Groups) -> Any | None:
     return figure if seen else None
 
 
+TRAINING = {  # keys of a train: line that hold a number for each parameter group, and their axes
+    "lr": "learning rate",
+    "grad_norm": "norm of the gradient",
+    "update_norm": "norm of a step's change of the weights",
+}
+
+
+def _training(run: Run, key: str, part: str) -> dict[float, tuple[float, float]]:
+    """Return {step: (step, value)} of a key, for a parameter group where it has one for each."""
+    values = {line["step"]: line[key] for line in run.extra["train"] if key in line}
+    if part:
+        values = {step: value[part] for step, value in values.items() if part in value}
+    return {step: (step, value) for step, value in values.items()}
+
+
+def draw_training(groups: Groups) -> dict[str, Any]:
+    """Return pictures of what `train:` lines say: the loss, and one for each parameter group."""
+    known = {label: runs for label, runs in groups.items() if all("train" in r.extra for r in runs)}
+    lines = [line for runs in known.values() for run in runs for line in run.extra["train"]]
+    parts = {f"train_{name}": (name, [*TRAINING]) for line in lines for name in line["lr"]}
+    figures = {}
+    for name, (part, keys) in (dict(train_loss=("", ["train_loss"])) | parts).items():
+        title = f"Parameter group {part}" if part else "Training loss of single steps"
+        figures[name], panels = new_figure(title, len(keys))
+        for axes, key in zip(panels, keys, strict=True):
+            for label, style in looks(known).items():
+                curves = [_training(run, key, part) for run in known[label]]
+                if all(curves):
+                    mean_line(axes, curves, style)
+            axes.set(xlabel="step", ylabel=TRAINING.get(key, "loss"))
+        legend(figures[name], panels[0])
+    return figures if known else {}
+
+
 def read_groups(names: list[str]) -> list[Group]:
     """Group the runs of logs and folders by their settings; published entries are groups already.
 
@@ -183,6 +217,7 @@ def history() -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", help="logs, folders, track_3#36 or track_3")
     parser.add_argument("--out", type=Path, required=True, help="the folder for the pictures")
+    parser.add_argument("--training", action="store_true", help="also train loss, rates, norms")
     parser.add_argument("--target", type=float, help="the loss to reach (default: the logs' own)")
 
 
@@ -193,6 +228,7 @@ def run(args: argparse.Namespace) -> None:
     check_repeats(found)
     groups = {one.name: one.runs for one in found}
     drawn = pictures(groups, target) if found else {}
+    drawn |= draw_training(groups) if args.training else {}
     drawn |= history() if "track_3" in args.paths else {}
     files = {
         args.out / f"{name}.{suffix}": rendered(figure, suffix)
@@ -205,3 +241,5 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(map(str, files)))
     if groups and "steps_to_target" not in drawn:
         print("no picture of steps to a target: no run crosses it between two validations")
+    if args.training and "train_loss" not in drawn:
+        print("no pictures of the training: no group of runs has train: lines in all of its logs")

@@ -6,7 +6,6 @@ holds this file.
 
 import ast
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .crossing import crossing
-from .progress import Progress
+from .progress import Arrivals, Progress
+from .trackers import Trackers, check_trackers
 
 RULE, MARKER = "=" * 100, "# ==================== "
 
@@ -150,8 +150,7 @@ def check_outputs(config: dict) -> dict[int, tuple[Path, Path | None]]:
             if folder and not os.access(folder, os.W_OK):
                 raise ValueError(f"{output} cannot be written in {folder}: choose another {flag}")
         paths[seed] = path, saved
-    if config["wandb"] and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--wandb needs a package that is not installed: run pip install wandb")
+    check_trackers(config)
     return paths
 
 
@@ -175,13 +174,15 @@ SENTENCES = {  # said on the console for these records
 
 
 class Log:
-    """One trial's file, console and, on request, Weights & Biases page.
+    """One trial's file, console and, on request, pages of trackers.
 
     Args:
         path: the file to write, which must not exist; None: write nothing at all (other ranks).
         script, source: the running script and its flattened text.
-        config: the run's settings, with "preset", "optimizer", "steps" and "target".
+        config: the run's settings, with "preset", "optimizer", "steps", "batch_tokens", "target".
         seed, device, world_size: of this trial and its machine.
+        peak: tokens per second at which the devices' matmuls would run at their peak; 0: unknown.
+        expected_s: seconds of training to expect; 0: unknown.
         facts: more values for the `meta:` line.
     """
 
@@ -194,11 +195,13 @@ class Log:
         seed: int,
         device: str,
         world_size: int,
-        wandb: bool = False,
+        peak: float = 0.0,
+        expected_s: float = 0.0,
         **facts: object,
     ) -> None:
-        self.path, self.config, self.seed, self.file, self.wandb = path, config, seed, None, None
-        self.progress = Progress(config["steps"], config["batch_tokens"], world_size)
+        self.path, self.config, self.seed, self.file = path, config, seed, None
+        self.progress = Progress(config["steps"], config["batch_tokens"], world_size, peak)
+        self.measures, self.quiet = Arrivals(), config.get("quiet", False)
         if path is None:
             return
         git = dict(folder=script.parent)
@@ -228,16 +231,16 @@ class Log:
         self.say(f"on {world_size} x {device}; log: {path}", file=False)
         for part, kernel in facts.get("kernels", {}).items():
             self.say(f"{part}: {kernel}", file=False)
-        if wandb:
-            import wandb as client
+        if expected_s:
+            self.say(f"expected training time: about {duration(expected_s)}", file=False)
+        self.trackers = Trackers(path.stem, meta)
 
-            self.wandb = client.init(project="aurora-speedrun", name=path.stem, config=meta)
-
-    def say(self, text: str, file: bool = True) -> None:
-        """Print a line on the console and, if `file`, write it to the log."""
+    def say(self, text: str, file: bool = True, always: bool = False) -> None:
+        """Print a line on the console, if that is not quiet, and write it to the log if `file`."""
         if self.file:
             self.progress.clear()
-            print(text, flush=True)
+            if always or not self.quiet:
+                print(text, flush=True)
             self.file.write(text + "\n" if file else "")
 
     def record(self, key: str, **values: object) -> None:
@@ -245,23 +248,52 @@ class Log:
         text = json.dumps(values, default=str)
         if self.file:
             self.file.write(f"{key}: {text}\n")
+            if key != "train":
+                self.trackers.summarise(key, text)
         if key in SENTENCES:
             self.say(SENTENCES[key].format(**values), file=False)
-        if self.wandb:
-            self.wandb.summary[key] = text
 
     def trained(self, step: int, seconds: float, loss: Tensor, lr_factor: float) -> None:
         """Show a step on the console: its summed loss on this rank, and its learning rate."""
         if self.file:
-            self.progress.show(step, seconds, loss, lr_factor)
+            self.write_measures()
+            if not self.quiet:
+                self.progress.show(step, seconds, loss, lr_factor)
+
+    def measured(
+        self, step: int, seconds: float, loss: Tensor, norms: Tensor, rates: dict[str, float]
+    ) -> None:
+        """Write the `train:` line of a step, once the device has computed it.
+
+        loss () is summed over all ranks, norms (2, groups) are those of gradients and of the
+        changes of weights, rates the learning rates of the groups in this order.
+        """
+        if self.file:
+            speed = round(self.config["batch_tokens"] * step / seconds)
+            facts = dict(train_time=round(seconds, 3), tokens_per_s=speed, peak_gib=peak_gib())
+            values = torch.cat([loss.float().view(1), norms.flatten()])
+            self.measures.expect(values, (step, facts | dict(lr=rates)))
+
+    def write_measures(self, wait: bool = False) -> None:
+        """Write the `train:` lines whose values have arrived, or wait for all of them."""
+        for (loss, *norms), (step, facts) in self.measures.arrived(wait):
+            rates = facts.pop("lr")
+            facts = dict(train_loss=round(loss / self.config["batch_tokens"], 5)) | facts
+            columns = norms[: len(rates)], norms[len(rates) :]
+            for key, some in zip(("grad_norm", "update_norm"), columns, strict=True):
+                facts[key] = {name: digits(x) for name, x in zip(rates, some, strict=True)}
+            facts["lr"] = {name: digits(rate) for name, rate in rates.items()}
+            self.record("train", step=step, **facts)
+            self.trackers.log(step, facts)
 
     def validated(self, step: int, seconds: float, val_loss: float) -> None:
-        """Write a validation."""
+        """Write a validation, and what was measured before it."""
+        self.write_measures(wait=True)
         average = 1000 * seconds / step if step else math.nan
         times = f"train_time:{seconds:.3f}s step_avg:{average:.2f}ms"
         self.say(f"step:{step}/{self.config['steps']} val_loss:{val_loss:.5f} {times}")
-        if self.wandb:
-            self.wandb.log({"val_loss": val_loss, "train_time": seconds}, step=step)
+        if self.file:
+            self.trackers.log(step, dict(val_loss=val_loss, train_time=seconds))
 
     def target(self, points: list[tuple[int, float, float]]) -> None:
         """Write the `target:` line if the last (step, loss, seconds) is the first to reach it."""
@@ -281,8 +313,7 @@ class Log:
 
     def record_end(self, status: str, **facts: object) -> None:
         """Write the `end:` line, with the peak of CUDA memory (0 without CUDA)."""
-        peak = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        self.record("end", status=status, peak_gib=peak, **facts)
+        self.record("end", status=status, peak_gib=peak_gib(), **facts)
 
     def close(self, status: str, step: int, loss: float, seconds: float) -> None:
         """Say on the console how the trial ended and what comes next, and close the log."""
@@ -293,9 +324,27 @@ class Log:
             f"{seconds:.1f} s; loss {loss:.5f}, {reached if target else 'no target'}; "
             f"the log is {self.path}",
             file=False,
+            always=True,
         )
-        self.say(f"next: python -m records show {self.path}", file=False)
+        show, compare = (f"python -m records {word} {self.path}" for word in ("show", "compare"))
+        self.say(f"next: {show}; {compare} OTHER_LOG", file=False)
         if self.file:
             self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+            self.trackers.close()
+
+
+def digits(x: float) -> float:
+    """Return a number with six significant digits."""
+    return float(f"{x:.6g}")
+
+
+def peak_gib() -> float:
+    """Return the peak of allocated CUDA memory, 0 without CUDA."""
+    return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit in which people plan."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

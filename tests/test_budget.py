@@ -20,10 +20,10 @@ CEILINGS = {
     "models/generate.py": 330,
     "models/graphs.py": 710,
     "models/head.py": 1290,
-    "models/microbatch.py": 750,
+    "models/microbatch.py": 850,
     "models/passes.py": 5450,
     "models/trunk.py": 1600,
-    "models/world.py": 600,
+    "models/world.py": 690,
     "optimizers/__init__.py": 400,
     "optimizers/averages.py": 380,
     "optimizers/balance.py": 820,
@@ -35,16 +35,17 @@ CEILINGS = {
     "optimizers/reducer.py": 1730,
     "optimizers/replay.py": 540,
     "optimizers/riemannian.py": 870,
+    "optimizers/schedules.py": 450,
     "optimizers/slot.py": 3500,
     "optimizers/symmetric.py": 1430,
     "optimizers/technique.py": 970,
-    "optimizers/whole.py": 1870,
+    "optimizers/whole.py": 2420,
     "records/__init__.py": 10,
     "records/__main__.py": 270,
     "records/benches.py": 1820,
     "records/bundle.py": 660,
     "records/caveats.py": 1060,
-    "records/checkpoint.py": 550,
+    "records/checkpoint.py": 660,
     "records/compare.py": 1370,
     "records/crossing.py": 270,
     "records/figures.py": 1430,
@@ -53,10 +54,11 @@ CEILINGS = {
     "records/history.py": 710,
     "records/log.py": 1540,
     "records/missing.py": 190,
+    "records/options.py": 1600,
     "records/pack.py": 940,
     "records/pages.py": 1800,
-    "records/plot.py": 1930,
-    "records/progress.py": 480,
+    "records/plot.py": 2440,
+    "records/progress.py": 660,
     "records/published.py": 1000,
     "records/record.py": 2000,
     "records/report.py": 850,
@@ -64,9 +66,10 @@ CEILINGS = {
     "records/show.py": 1850,
     "records/stats.py": 900,
     "records/table.py": 490,
+    "records/trackers.py": 490,
     "records/upstream.py": 2050,
     "records/verify.py": 1210,
-    "records/writer.py": 2340,
+    "records/writer.py": 2780,
     "data/__init__.py": 10,
     "data/cached_fineweb10B.py": 1290,
     "data/embedded.py": 880,
@@ -149,10 +152,10 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_the_trainer_has_at_most_24_flags() -> None:
+def test_the_trainer_has_at_most_25_flags() -> None:
     import train_gpt
 
-    assert len([f for f in fields(train_gpt.Config) if f.metadata["help"]]) <= 24
+    assert len([f for f in fields(train_gpt.Config) if f.metadata["help"]]) <= 25
 
 
 def test_the_readme_stays_below_12_kilobytes() -> None:

@@ -13,7 +13,15 @@ from records.__main__ import main
 from records.figures import group_runs, looks, rendered
 from records.history import draw_entries, draw_history
 from records.log import RULE, parse_log, read_runs
-from records.plot import draw_crossings, draw_diagnostics, draw_loss, draw_times, pictures
+from records.plot import (
+    draw_crossings,
+    draw_diagnostics,
+    draw_loss,
+    draw_times,
+    draw_training,
+    pictures,
+    read_groups,
+)
 from records.published import track_3
 from records.run import Run
 from records.stats import precision
@@ -200,6 +208,39 @@ def test_diagnostics_are_drawn_where_they_were_logged(tiny: Tiny) -> None:
     assert list(lines[3].values())[0].get_ydata()[-1] == pytest.approx(sum(silent) / 2)
     assert draw_diagnostics(group_runs([run])) is not None
     assert "diagnostics" in pictures(group_runs([run]), None)
+
+
+def test_losses_rates_and_norms_are_drawn_on_request(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in ("1", "2"):
+        assert (
+            train_gpt.main(tiny("--log", f"a{seed}.txt", "--seed", seed, "--log-every", "1")) == 0
+        )
+    main(["plot", "a1.txt", "a2.txt", "--out", "plain"])
+    main(["plot", "a1.txt", "a2.txt", "--out", "all", "--training"])
+    new = {path.stem for path in Path("all").iterdir()} - {p.stem for p in Path("plain").iterdir()}
+    groups = ("embed", "head", "scalars", "attn", "fc", "proj")
+    assert new == {"train_loss", *(f"train_{name}" for name in groups)}
+    (runs,) = [one.runs for one in read_groups(["a1.txt", "a2.txt"])]
+    rates, norms, changes = draw_training({"Muon": runs})["train_fc"].axes
+    for axes, key in ((rates, "lr"), (norms, "grad_norm"), (changes, "update_norm")):
+        x, y = axes.lines[0].get_data()
+        lines = [run.extra["train"] for run in runs]
+        assert list(x) == [1, 2, 3, 4]
+        expected = [(a[key]["fc"] + b[key]["fc"]) / 2 for a, b in zip(*lines, strict=True)]
+        assert list(y) == pytest.approx(expected)
+    capsys.readouterr()
+
+
+def test_a_log_without_train_lines_has_no_such_pictures(
+    runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As logs from before these lines."""
+    main(["plot", str(runs[0].path), "--out", str(tmp_path / "out"), "--training"])
+    assert "no pictures of the training: no group of runs has train: lines" in (
+        capsys.readouterr().out
+    )
 
 
 def test_plot_writes_png_and_svg_and_the_same_bytes_again(

@@ -78,26 +78,29 @@ def test_a_loss_on_a_gpu_is_shown_once_its_copy_has_arrived(
             return Event.arrived
 
     class Loss:
-        is_cuda, dtype = True, torch.float32
+        is_cuda, dtype, shape = True, torch.float32, ()
 
-        def item(self) -> float:
+        def detach(self) -> "Loss":
+            return self
+
+        def tolist(self) -> float:
             raise AssertionError("waits for the GPU")
 
     class Copy:
         def copy_(self, loss: Loss, non_blocking: bool) -> None:
             assert non_blocking
 
-        def item(self) -> float:
+        def tolist(self) -> float:
             return 250.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *_, pin_memory, **__: Copy() if pin_memory else None)
     shown = Progress(steps=10, batch_tokens=100, world_size=1)
-    shown.follow(Loss())
-    shown.follow(Loss())
-    assert shown.loss is None
+    shown.show(1, 1.0, Loss(), 1.0)
+    shown.show(2, 2.0, Loss(), 1.0)
+    assert shown.loss is None and len(shown.losses.coming) == 1
     Event.arrived = True
-    shown.follow(Loss())
+    shown.show(3, 3.0, Loss(), 1.0)
     assert shown.loss == 2.5
 
 
@@ -112,13 +115,25 @@ def test_the_console_says_at_the_start_what_runs_and_at_the_end_what_comes_next(
         "trunk: plain PyTorch: device cpu",
         "head: PyTorch: device cpu",
     ]
+    assert lines[4].startswith("optimizer: eager")
+    assert re.fullmatch(r"expected training time: about \d+ s", lines[5])
     reached = [line for line in lines if line.startswith("target 5.5 reached at step ")]
     assert len(reached) == 1 and "by interpolation at " in reached[0]
     assert lines[-2].startswith("muon, seed 1: complete, 4 steps in ")
-    assert lines[-1] == "next: python -m records show a.txt"
-    assert not any(line.startswith(("optim:", "end:", "target:")) for line in lines)
+    show, compare = "python -m records show a.txt", "python -m records compare a.txt OTHER_LOG"
+    assert lines[-1] == f"next: {show}; {compare}"
+    assert not any(line.startswith(("optim:", "end:", "target:", "train:")) for line in lines)
     written = Path("a.txt").read_text().split("=" * 100)[-1]
-    assert all(f"\n{key}: {{" in written for key in ("optim", "end", "target"))
+    assert all(f"\n{key}: {{" in written for key in ("optim", "end", "target", "train"))
+
+
+def test_a_quiet_run_prints_how_it_ended_and_nothing_else(
+    tiny, capsys: pytest.CaptureFixture
+) -> None:
+    assert train_gpt.main(tiny("--log", "a.txt", "--target", "5.5", "--quiet")) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("muon, seed 1: complete, 4 steps in ") and line.endswith("a.txt")
+    assert "\nstep:4/4 " in Path("a.txt").read_text()
 
 
 def test_a_run_without_a_target_says_none(tiny, capsys: pytest.CaptureFixture) -> None:

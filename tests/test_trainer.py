@@ -294,7 +294,7 @@ def test_flags_have_the_types_of_their_fields() -> None:
     assert parse_config(["--log", "y.txt"]).log == "y.txt"
 
 
-SCOPES = {"model", "run", "", "free"}
+SCOPES = {"model", "run", "schedule", "", "free"}
 
 
 def test_every_setting_has_a_scope_and_those_of_a_scope_are_named_once() -> None:
@@ -303,16 +303,18 @@ def test_every_setting_has_a_scope_and_those_of_a_scope_are_named_once() -> None
     parts = [config.scoped(scope) for scope in sorted(SCOPES)]
     assert sum(map(len, parts)) == len(fields(Config))
     assert config.scoped(*SCOPES) == {f.name: getattr(config, f.name) for f in fields(Config)}
-    assert all(set(f.metadata) == {"scope", "help"} for f in fields(Config))
+    assert all(set(f.metadata) == {"scope", "help", "least"} for f in fields(Config))
 
 
 def test_the_scopes_are_those_that_checkpoints_and_comparisons_need() -> None:
     """Another seed, log or device changes no setting of an experiment; another width does."""
     config = Config()
     model = "model vocab_size layers width head_dim expansion row_tokens dtype"
-    run = "optimizer steps batch_tokens val_tokens lr_scale set fp8 cooldown"
-    free = "seed trials data log device wandb diagnostics checkpoint eval get_data"
-    for scope, names in (("model", model), ("run", run), ("free", free)):
+    run = "optimizer steps batch_tokens val_tokens lr_scale set fp8"
+    schedule = "warmup cooldown shape power floor momentum_steps momentum_start clip average"
+    free = "seed trials data log device wandb tensorboard log_every quiet diagnostics checkpoint"
+    found = dict(model=model, run=run, schedule=f"{schedule} average_from")
+    for scope, names in (found | dict(free=f"{free} keep eval get_data")).items():
         assert config.scoped(scope).keys() == set(names.split()), scope
 
 
