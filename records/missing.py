@@ -4,10 +4,9 @@ Scripts make `explain` their sys.excepthook before they import packages. Standar
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def advice(error: ModuleNotFoundError) -> str:
@@ -21,9 +20,8 @@ def advice(error: ModuleNotFoundError) -> str:
 
 def explain(kind: type, error: BaseException, trace: TracebackType | None) -> None:
     """Exit with one sentence and code 2 if a package is missing, else show the traceback."""
-    name = (getattr(error, "name", None) or "").partition(".")[0]
-    ours = (ROOT / name / "__init__.py", ROOT / f"{name}.py", *ROOT.glob(f"*/{name}.py"))
-    if not isinstance(error, ModuleNotFoundError) or any(path.is_file() for path in ours):
+    missing = isinstance(error, ModuleNotFoundError) and error.name
+    if not missing or find_spec(error.name.partition(".")[0]):  # a part of what is here
         sys.__excepthook__(kind, error, trace)
         return
     print(f"{Path(sys.argv[0]).name}: {advice(error)}", file=sys.stderr)
