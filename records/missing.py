@@ -1,6 +1,6 @@
 """One sentence in place of a traceback where a package is not installed.
 
-Scripts make `explain` their sys.excepthook before they import packages. Standard library only.
+Scripts call `explain_missing` before they import packages. Standard library only.
 """
 
 import sys
@@ -18,8 +18,13 @@ def advice(error: ModuleNotFoundError) -> str:
     )
 
 
+def explain_missing() -> None:
+    """From now on, end the program with one sentence and code 2 if a package is missing."""
+    sys.excepthook = explain
+
+
 def explain(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    """Exit with one sentence and code 2 if a package is missing, else show the traceback."""
+    """Exit with the sentence if the error is a missing package, else show the traceback."""
     missing = isinstance(error, ModuleNotFoundError) and error.name
     if not missing or find_spec(error.name.partition(".")[0]):  # a part of what is here
         sys.__excepthook__(kind, error, trace)
