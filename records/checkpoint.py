@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import nn
 
 # What torch.load raises for files that are damaged or something else.
 UNREADABLE = RuntimeError, ValueError, TypeError, LookupError, OSError, EOFError, pickle.PickleError
@@ -67,16 +68,6 @@ def read_checkpoint(path: Path, same: dict, defaults: dict, **given: object) -> 
     return dict(saved, path=str(path))
 
 
-def restore(saved: dict, model: torch.nn.Module, optimizer: object) -> None:
-    """Load the weights and the optimizer's state of a checkpoint; ValueError if they do not fit."""
-    try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved)
-    except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[-1].strip()[:200]
-        raise ValueError(f"{saved['path']} does not fit model and optimizer: {reason}") from None
-
-
 def read_trials(
     paths: dict[int, tuple[Path, Path | None]],
     same: dict,
@@ -90,3 +81,16 @@ def read_trials(
         for seed, (_, path) in paths.items()
         if path and path.is_file()
     }
+
+
+def restore(saved: dict, model: nn.Module, optimizer: object) -> None:
+    """Load the weights and the optimizer's state; ValueError, one sentence, if they do not fit."""
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved)
+    except (*UNREADABLE, AttributeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()[:200]
+        raise ValueError(
+            f"{saved['path']} does not fit model and optimizer: {reason}: name another checkpoint, "
+            "or use the code that wrote it"
+        ) from None
