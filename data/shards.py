@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 import numpy as np
 

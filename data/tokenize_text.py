@@ -10,7 +10,9 @@ INPUT is a file or a folder, which is searched at any depth for
 The output is NAME_val_000000.bin, NAME_train_000001.bin, ... and manifest.json. Documents begin
 with the end-of-text id (50256 for gpt2, 256 for bytes) and are never split. The first documents
 fill the validation shard, the others the training shards, in the order of the inputs: shuffle them
-before if that order has a meaning. The number of processes does not change the shards.
+before if that order has a meaning. Short texts need a --val-tokens of their own: without it, a
+validation shard with more than half of the tokens is refused. The number of processes does not
+change the shards.
 
 It needs about four bytes of memory per token of a shard, and a few megabytes per process.
 """
@@ -31,9 +33,9 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 import numpy as np
 from tqdm import tqdm
@@ -284,7 +286,7 @@ def main() -> int:
         "--val-tokens",
         metavar="N",
         type=int,
-        help=f"validation tokens, at least (default: {VAL_TOKENS}, if half of the text is enough)",
+        help=f"validation tokens, at least (default: {VAL_TOKENS}, refused if over half of all)",
     )
     parser.add_argument("--shard-tokens", metavar="N", type=int, default=100_000_000)
     parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], default="gpt2")

@@ -1,13 +1,12 @@
 """One sentence in place of a traceback where a package is not installed.
 
-Scripts make `explain` their sys.excepthook before they import packages. Standard library only.
+Scripts call `explain_missing` before they import packages. Standard library only.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def advice(error: ModuleNotFoundError) -> str:
@@ -19,11 +18,15 @@ def advice(error: ModuleNotFoundError) -> str:
     )
 
 
+def explain_missing() -> None:
+    """From now on, end the program with one sentence and code 2 if a package is missing."""
+    sys.excepthook = explain
+
+
 def explain(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    """Exit with one sentence and code 2 if a package is missing, else show the traceback."""
-    name = (getattr(error, "name", None) or "").partition(".")[0]
-    ours = (ROOT / name / "__init__.py", ROOT / f"{name}.py", *ROOT.glob(f"*/{name}.py"))
-    if not isinstance(error, ModuleNotFoundError) or any(path.is_file() for path in ours):
+    """Exit with the sentence if the error is a missing package, else show the traceback."""
+    missing = isinstance(error, ModuleNotFoundError) and error.name
+    if not missing or find_spec(error.name.partition(".")[0]):  # a part of what is here
         sys.__excepthook__(kind, error, trace)
         return
     print(f"{Path(sys.argv[0]).name}: {advice(error)}", file=sys.stderr)

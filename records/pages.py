@@ -8,7 +8,6 @@ line per measurement, newest last). `--check` only compares, and exits with 2 if
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -16,9 +15,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 if __name__ == "__main__":
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 from records import benches
 from records.figures import gpus, group_runs, look, rendered

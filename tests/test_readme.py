@@ -238,8 +238,6 @@ def test_a_missing_package_is_one_sentence(words: str) -> None:
 def test_another_error_keeps_its_traceback() -> None:
     """A module of ours that is missing is our mistake, and no package."""
     for wrong, name in (("1 / 0", "ZeroDivisionError"), ("import records.no", "'records.no'")):
-        script = (
-            f"import sys; from records.missing import explain; sys.excepthook = explain; {wrong}"
-        )
+        script = f"from records.missing import explain_missing as e; e(); {wrong}"
         code, _, err = in_fresh_python("-S", "-c", script, cwd=ROOT)
         assert code == 1 and err.startswith("Traceback") and name in err

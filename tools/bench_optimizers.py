@@ -32,9 +32,9 @@ OUT = ROOT / "logs/bench"  # records/ is committed: its pages must agree with wh
 sys.path.insert(0, str(ROOT))
 
 if __name__ == "__main__":
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402

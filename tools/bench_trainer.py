@@ -42,9 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 if __name__ == "__main__":
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 import train_gpt  # noqa: E402, I001 (first: its clock starts before torch is imported)
 import numpy as np  # noqa: E402

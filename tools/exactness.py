@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 if __name__ == "__main__":
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 import references  # noqa: E402
 import torch  # noqa: E402

@@ -19,9 +19,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 from sample import END_OF_TEXT, load_model, tokenizer_name  # puts the root on the path
 from torch import device

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 import torch
 import torch.nn.functional as F

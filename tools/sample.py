@@ -17,16 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 if __name__ == "__main__":
-    from records.missing import explain
+    from records.missing import explain_missing
 
-    sys.excepthook = explain
+    explain_missing()
 
 import train_gpt  # noqa: E402, I001 (first: its clock starts before torch is imported)
 import torch  # noqa: E402
 from data.tokenize_text import Tokenizer, load_tokenizer  # noqa: E402
 from models.generate import generate  # noqa: E402
 from models.world import choose_device  # noqa: E402
-from records.checkpoint import read_checkpoint  # noqa: E402
+from records.checkpoint import read_checkpoint, restore  # noqa: E402
+from records.options import shared  # noqa: E402
 from torch import nn  # noqa: E402
 
 TOKENIZERS = {257: "bytes", 50304: "gpt2"}  # by the size of the vocabulary
@@ -48,7 +49,7 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, train_gpt.C
         model = train_gpt.build_model(config, device)
         model.load_state_dict(saved["model"])
         if saved.get("around"):
-            read_out(model, config, saved)
+            read_out(model, saved)
     except (LookupError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is no whole checkpoint of this trainer, {reason}") from None
@@ -57,11 +58,11 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, train_gpt.C
     return model.eval(), config, saved
 
 
-def read_out(model: nn.Module, config: train_gpt.Config, saved: dict) -> None:
+def read_out(model: nn.Module, saved: dict) -> None:
     """Give the model the weights of the checkpoint's validation, which may be averages."""
-    config = train_gpt.replace(config, optimizer=saved["config"]["optimizer"])
-    optimizer = train_gpt.build_optimizer(model, config)
-    optimizer.load_state_dict(saved)
+    settings = shared(saved["config"], train_gpt.Config) | dict(compile=False)
+    optimizer = train_gpt.build_optimizer(model, train_gpt.Config(**settings))
+    restore(saved, model, optimizer)
     with optimizer.readout():
         weights = {name: w.clone() for name, w in model.state_dict().items()}
     model.load_state_dict(weights)
