@@ -23,6 +23,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve busy machines
 STARTED = time.perf_counter()  # before torch is imported: the start-up time counts all of it
 
+from records.missing import explain_missing
+
+if __name__ == "__main__":
+    explain_missing()
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -443,7 +448,8 @@ def run_trials(trainer: Trainer, saved: dict[int, dict], paths: dict, start: dic
         facts = dict(rows=microbatches.rows, graphs=bool(microbatches.graphs), start_s=start_s)
         log.record_end(status, ranks_agree=agree, **facts)
         if config.sample_tokens and status == "complete":
-            text = sample_bytes(trainer.model, config.sample_tokens, config.row_tokens, seed)
+            with trainer.optimizer.readout():
+                text = sample_bytes(trainer.model, config.sample_tokens, config.row_tokens, seed)
             log.say(f"\nA sample of the model's text:\n{text}\n", file=False)
         log.close(status, *trainer.points[-1])
         if status != "complete":

@@ -56,6 +56,9 @@ class Bare(nn.Module):
             self.layers = nn.ModuleList(Layer(width, head_dim, expansion) for _ in range(layers))
             self.mixes = nn.Parameter(torch.zeros(layers))  # of the first layer's values
 
+    def flops_per_token(self) -> float:
+        return 6.0 * sum(p.numel() for p in self.parameters())
+
     def choose_kernels(self, compile: bool, fp8: bool) -> None:
         if fp8:
             raise ValueError("the model bare has no 8-bit matmuls: run it without --fp8")

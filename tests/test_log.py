@@ -42,7 +42,7 @@ DEMO = (
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 PACKAGES = ("data", "models", "optimizers", "records")
 SOURCES = ["train_gpt.py", "data/loader.py"]
-LOGGING = "checkpoint", "crossing", "options", "progress", "trackers", "writer"
+LOGGING = "checkpoint", "crossing", "missing", "options", "progress", "trackers", "writer"
 SOURCES += [f"records/{name}.py" for name in LOGGING]
 SOURCES += [f"optimizers/{path.name}" for path in (ROOT / "optimizers").glob("*.py")]
 SOURCES += [f"models/{p.name}" for p in (ROOT / "models").glob("*.py") if p.name != "__init__.py"]
