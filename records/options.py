@@ -86,24 +86,29 @@ def read_options(
             f"{named.recipe} is a recipe of {recipe['optimizer']}, found optimizer "
             f"{options.optimizer}: leave one of them out"
         )
-    for name, allowed in choices.items():  # a file or a checkpoint may have another
-        if (found := getattr(options, name)) not in allowed:
-            raise ValueError(f"{name} is {found!r}, expected one of {', '.join(allowed)}")
-    for f in fields(kind):
-        least, found = f.metadata["least"], getattr(options, f.name)
-        if least is not None and found < least:
-            raise ValueError(f"{f.name} is {found}, expected {least} or more")
-    before = kind(**presets.get(options.preset, {}))
-    for name, found in options.scoped("model").items() if options.preset in fixed else ():
-        if found != getattr(before, name):
-            raise ValueError(
-                f"{options.preset} has model.{name} {getattr(before, name)}, found {found}: choose "
-                "--preset demo, or a --config file with a preset's name of your own"
-            )
+    before = kind(**presets.get(options.preset, {})).scoped("model")
+    check_options(options, choices, before if options.preset in fixed else {})
     if printed:
         print(json.dumps(shared(asdict(options), kind), indent=2))
         sys.exit(0)
     return options
+
+
+def check_options(options: Settings, choices: dict, fixed: dict) -> None:
+    """Raise ValueError for a value that is not allowed, or none of those that are fixed."""
+    for name, allowed in choices.items():  # a file or a checkpoint may have another
+        if (found := getattr(options, name)) not in allowed:
+            raise ValueError(f"{name} is {found!r}, expected one of {', '.join(allowed)}")
+    for f in fields(options):
+        least, found = f.metadata["least"], getattr(options, f.name)
+        if least is not None and found < least:
+            raise ValueError(f"{f.name} is {found}, expected {least} or more")
+    for name, value in fixed.items():
+        if (found := getattr(options, name)) != value:
+            raise ValueError(
+                f"{options.preset} has model.{name} {value}, found {found}: choose --preset demo, "
+                "or a --config file with a preset's name of your own"
+            )
 
 
 def make_parser(**options: object) -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ OUT_DIR must be new or empty. The files in it work without this repository:
 """
 
 import argparse
-import ast
 import inspect
 import json
 import sys
@@ -108,17 +107,12 @@ TEXT = {  # by tokenizer
 
 
 def model_source() -> str:
-    """Return a file with GPT's modules as they stand in train_gpt.py, and its forward pass."""
-    source = inspect.getsource(train_gpt)
-    lines, named = source.splitlines(), {}
-    for node in ast.parse(source).body:
-        methods = node.body if getattr(node, "name", "") == "GPT" else []
-        for part in (node, *methods):
-            if isinstance(part, ast.FunctionDef | ast.ClassDef):
-                named[part.name] = "\n".join(lines[part.lineno - 1 : part.end_lineno])
-    parts = "\n\n\n".join(named[name] for name in PARTS)
-    init = named["__init__"].replace("`initialise` fills", "`load` fills")
-    return MODEL.format(parts=parts, init=init, logits=named["logits"])
+    """Return a file with GPT's modules as they stand, and its forward pass."""
+    found = [getattr(train_gpt, name) for name in PARTS]
+    found += [train_gpt.GPT.__init__, train_gpt.GPT.logits]
+    *parts, init, logits = (inspect.getsource(part).rstrip() for part in found)
+    init = init.replace("`initialise` fills", "`load` fills")
+    return MODEL.format(parts="\n\n\n".join(parts), init=init, logits=logits)
 
 
 def check_empty(out: Path) -> None:
