@@ -242,4 +242,4 @@ def test_the_trainer_asks_a_model_for_nothing_but_the_contract(
     assert train_gpt.main(bare(*flags)) == 0
     module = {name for name in asked if hasattr(nn.Module, name) or name.startswith("_")}
     contract = {"initialise", "groups", "neurons", "hidden", "logits", "rows", "kernels"}
-    assert asked - module == contract | {"choose_kernels"}
+    assert asked - module == contract | {"choose_kernels", "flops_per_token"}
