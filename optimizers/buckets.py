@@ -76,6 +76,11 @@ class Bucket:
         sizes = (self.each,) if stacked else ()
         return list(stack.view(count, *sizes, *stack.shape[1:]))
 
+    def of_one(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state of one matrix, (1, ...), as that of one parameter."""
+        each = {key: one.expand(self.each, *one.shape[1:]) for key, one in state.items()}
+        return {key: self.apart(stack, 1)[0] for key, stack in each.items()}
+
     def hold_weights(self) -> None:
         """Make the parameters views of `weights`, unless they are."""
         pairs = list(zip(self.params, self.cells, strict=self.weights is not None))

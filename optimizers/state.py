@@ -91,7 +91,7 @@ class DealtState(torch.optim.Optimizer):
                     f"opt.state of parameter {i} of shape {tuple(bucket.params[i].shape)} has "
                     f"shapes {shapes[0]}, expected {shapes[1]}: remove it or mend it"
                 )
-            values = held or self._empty_state(bucket)
+            values = held or bucket.of_one(self._empty_state(bucket))
             for key, stack in bucket.state.items():
                 views[key] = bucket.apart(stack, len(bucket.owned[self.rank]))[slot]
                 views[key].copy_(values[key])
