@@ -13,6 +13,8 @@ from .slot import MatrixOptimizer
 from .technique import Adam, Aspect, CautiousDecay, Decay, EvenRows, Nesterov, Technique, ramp
 from .whole import ModelOptimizer
 
+__version__ = "0.2.0.dev0"
+
 
 class AdamW(MatrixOptimizer):
     """The elementwise baseline: arXiv 1711.05101."""

@@ -467,14 +467,16 @@ class MatrixOptimizer(DealtState):
         """Return what must be the same on all ranks, in sentences."""
         lines = [f"{type(self).__name__} with reduce={self.reduce} in {self.reduce_dtype}"]
         for number, group in enumerate(self.param_groups):
-            names = group.get("param_names", [""] * len(group["params"]))
-            for p, name in zip(group["params"], names, strict=True):
-                what = f"{name} {tuple(p.shape)} {p.dtype} in group {number}".lstrip()
-                lines.append(f"parameter {len(lines) - 1}, {what}")
-        for number, group in enumerate(self.param_groups):
             chosen = self._group(group) | {"name": group.get("name")}
             values = {k: float(v) if isinstance(v, Tensor) else v for k, v in chosen.items()}
             lines.append(f"group {number} with {values}")
+        found = 0
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names", [""] * len(group["params"]))
+            for p, name in zip(group["params"], names, strict=True):
+                what = f"{name} {tuple(p.shape)} {p.dtype} in group {number}".lstrip()
+                lines.append(f"parameter {found}, {what}")
+                found += 1
         return lines
 
     def _compare(self, lines: list[str], values: bool = False) -> None:
