@@ -10,6 +10,7 @@ from .diagnostics import Diagnostics, activity
 from .polar import Polar
 from .riemannian import Climb
 from .slot import MatrixOptimizer
+from .split import Split, split_parameters
 from .technique import Adam, Aspect, CautiousDecay, Decay, EvenRows, Nesterov, Technique, ramp
 from .whole import ModelOptimizer
 
@@ -62,5 +63,5 @@ OPTIMIZERS = {
 }
 __all__ = ["OPTIMIZERS", "Adam", "Around", "Aspect", "Balance", "CautiousDecay", "Climb", "Decay"]
 __all__ += ["Diagnostics", "EvenRows", "MatrixOptimizer", "ModelOptimizer", "Nesterov", "Polar"]
-__all__ += ["Technique", "WeightAverage", "activity", "ramp"]
+__all__ += ["Split", "Technique", "WeightAverage", "activity", "ramp", "split_parameters"]
 __all__ += [optimizer.__name__ for optimizer in OPTIMIZERS.values()]

@@ -22,6 +22,6 @@ def widened(weight: Tensor, low_bits: Tensor) -> Tensor:
 def narrow(W: Tensor, weight: Tensor, low_bits: Tensor) -> None:
     """Write float32 W into bfloat16 weights and their int16 low bits, all (k, m, n)."""
     bits = W.view(torch.int32)
-    high = torch.where(W.isnan(), bits, bits + 2**15) >> 16  # a nan has no next number
+    high = torch.where(W.isnan(), bits | 2**22, bits + 2**15) >> 16  # a nan stays one
     low_bits.copy_(torch.where(W.isnan(), 0, bits - high * 2**16))
     weight.copy_(high.to(torch.int16).view(torch.bfloat16))

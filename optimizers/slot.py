@@ -354,7 +354,8 @@ class MatrixOptimizer(DealtState):
     ) -> Tensor:
         """Return values of a part as one tensor: for graphs, at the same address in each step."""
         if not self._records(bucket):
-            return (values if isinstance(values, Tensor) else torch.stack(values)).to(dtype)
+            values = values if isinstance(values, Tensor) else torch.stack(values).contiguous()
+            return values.to(dtype)
         like, place = bucket.params[0], (use, dtype, bucket.params[0].device)
         if place not in self._staging:
             sizes = [
