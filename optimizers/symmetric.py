@@ -17,7 +17,7 @@ from torch import Tensor
 
 # CPU builds of torch come without Triton. It is imported when it is needed: that takes 0.4 s.
 HAS_TRITON = find_spec("triton") is not None
-CONSTEXPR = "constexpr"  # Triton's name for the type of compile-time constants
+constexpr = "constexpr"  # Triton reads the name, and needs its own type when it compiles
 # Rows and columns of a tile of C, its depth along p, loads in flight: two programs fit an SM
 TILE, DEPTH, STAGES = 128, 64, 3
 
@@ -31,11 +31,11 @@ def symmetric_kernel(
     beta,
     gamma,
     coefficients,
-    p: CONSTEXPR,
-    A_TURNED: CONSTEXPR,
-    B_TURNED: CONSTEXPR,
-    TILE: CONSTEXPR,
-    DEPTH: CONSTEXPR,
+    p: constexpr,
+    A_TURNED: constexpr,
+    B_TURNED: constexpr,
+    TILE: constexpr,
+    DEPTH: constexpr,
 ):
     """Compute tile t of the lower triangle, counted row by row, in program (t, matrix).
 
@@ -77,11 +77,12 @@ def symmetric_kernel(
 @cache
 def symmetric_jit():
     """Import Triton and return the kernel as its function."""
-    global triton, tl, TensorDescriptor
+    global triton, tl, TensorDescriptor, constexpr
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    constexpr = tl.constexpr
     return triton.jit(symmetric_kernel)
 
 
