@@ -12,8 +12,11 @@ from .recipes import RECIPES, cooked, recipe_settings
 from .riemannian import Climb
 from .schedules import planned, ramp, trapezoid
 from .slot import MatrixOptimizer
+from .split import Split, split_parameters
 from .technique import Adam, Aspect, CautiousDecay, Decay, EvenRows, Nesterov, Technique
 from .whole import ModelOptimizer
+
+__version__ = "0.2.0.dev0"
 
 
 class AdamW(MatrixOptimizer):
@@ -62,7 +65,6 @@ OPTIMIZERS = {
 }
 __all__ = ["OPTIMIZERS", "Adam", "Around", "Aspect", "Balance", "CautiousDecay", "Climb", "Decay"]
 __all__ += ["Diagnostics", "EvenRows", "MatrixOptimizer", "ModelOptimizer", "Nesterov", "Polar"]
-__all__ += ["Technique", "WeightAverage", "activity", "planned", "ramp"]
-__all__ += ["trapezoid"]
-__all__ += ["RECIPES", "cooked", "recipe_settings"]
+__all__ += ["RECIPES", "Split", "Technique", "WeightAverage", "activity", "cooked", "planned"]
+__all__ += ["ramp", "recipe_settings", "split_parameters", "trapezoid"]
 __all__ += [optimizer.__name__ for optimizer in OPTIMIZERS.values()]

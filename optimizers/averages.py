@@ -13,7 +13,7 @@ from .technique import Schedule
 AroundState = dict[str, list[Tensor]]  # by name one tensor for each parameter
 
 
-def widened(weight: Tensor) -> Tensor:
+def float_of(weight: Tensor) -> Tensor:
     """Return a weight in float32 or better: in bfloat16 small movements would be lost."""
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -59,14 +59,14 @@ class WeightAverage(Around):
         self.span, self.first, self.mix, self.without = span, first, mix, without
 
     def start(self, weights: list[Tensor]) -> AroundState:
-        return {"average": [widened(w).clone() for w in weights]}
+        return {"average": [float_of(w).clone() for w in weights]}
 
     def after_step(self, weights: list[Tensor], state: AroundState, step: int) -> None:
         share = 1 / self.span if step >= self.first else 1.0
-        torch._foreach_lerp_(state["average"], [widened(w) for w in weights], share)
+        torch._foreach_lerp_(state["average"], [float_of(w) for w in weights], share)
 
     def readout(self, weights: list[Tensor], state: AroundState) -> list[Tensor]:
-        return torch._foreach_lerp([widened(w) for w in weights], state["average"], self.mix)
+        return torch._foreach_lerp([float_of(w) for w in weights], state["average"], self.mix)
 
 
 class EmaNesterov(Around):
@@ -86,7 +86,7 @@ class EmaNesterov(Around):
         self.factor, self.beta, self.decay = factor, beta, 0.99
 
     def start(self, weights: list[Tensor]) -> AroundState:
-        zeros = [torch.zeros_like(widened(w)) for w in weights]
+        zeros = [torch.zeros_like(float_of(w)) for w in weights]
         return {"drift": zeros, "before": [w.detach().clone() for w in weights]}
 
     def before_forward(self, weights: list[Tensor], state: AroundState, step: int) -> None:
@@ -97,7 +97,7 @@ class EmaNesterov(Around):
             torch._foreach_add_([w.detach() for w in weights], shifts)
 
     def after_step(self, weights: list[Tensor], state: AroundState, step: int) -> None:
-        moved = torch._foreach_sub([widened(w) for w in weights], state["before"])
+        moved = torch._foreach_sub([float_of(w) for w in weights], state["before"])
         torch._foreach_lerp_(state["drift"], moved, 1 - self.decay)
 
 
@@ -111,7 +111,7 @@ class ReadBack(Around):
         self.kept, self.first, self.share = kept, first, share
 
     def start(self, weights: list[Tensor]) -> AroundState:
-        return {"kept": [widened(w).clone() for w in weights], "steps": [torch.zeros(1)]}
+        return {"kept": [float_of(w).clone() for w in weights], "steps": [torch.zeros(1)]}
 
     def after_step(self, weights: list[Tensor], state: AroundState, step: int) -> None:
         state["steps"][0].fill_(step + 1)
@@ -121,7 +121,7 @@ class ReadBack(Around):
     def readout(self, weights: list[Tensor], state: AroundState) -> list[Tensor]:
         if state["steps"][0].item() < self.first:
             return weights
-        return torch._foreach_lerp([widened(w) for w in weights], state["kept"], self.share)
+        return torch._foreach_lerp([float_of(w) for w in weights], state["kept"], self.share)
 
 
 class Extrapolation(Around):
@@ -141,7 +141,7 @@ class Extrapolation(Around):
         self.first, self.every = first, every
 
     def start(self, weights: list[Tensor]) -> AroundState:
-        return {f"back{i}": [widened(w).clone() for w in weights] for i in range(self.kept)}
+        return {f"back{i}": [float_of(w).clone() for w in weights] for i in range(self.kept)}
 
     def after_step(self, weights: list[Tensor], state: AroundState, step: int) -> None:
         done, x = step + 1, [w.detach() for w in weights]

@@ -74,15 +74,15 @@ class Diagnostics:
 
     def matrices(self) -> list[tuple[str, Bucket, int, int]]:
         """Return name, bucket, index in bucket and in stack of the MLP matrices owned here."""
-        found = []
-        for bucket in self.optimizer._buckets:
-            group = bucket.group
-            number = [g is group for g in self.optimizer.param_groups].index(True)
+        found, name_of = [], {}
+        for number, group in enumerate(self.optimizer.param_groups):
             numbered = [f"{group.get('name', number)}.{i}" for i in range(len(group["params"]))]
-            name_of = dict(zip(group["params"], group.get("param_names", numbered), strict=True))
-            if group.get("neuron_axis") is not None:
-                mine = enumerate(bucket.owned[self.optimizer.rank])
-                found += [(name_of[bucket.params[i]], bucket, i, place) for place, i in mine]
+            names = group.get("param_names", numbered)
+            name_of |= dict(zip(group["params"], names, strict=True))
+        for bucket in self.optimizer._buckets:
+            for place, i in enumerate(bucket.owned[self.optimizer.rank]):
+                if bucket.groups[i].get("neuron_axis") is not None:
+                    found.append((name_of[bucket.params[i]], bucket, i, place))
         return found
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class Diagnostics:
         )
 
     def _of_matrix(self, name: str, bucket: Bucket, i: int, place: int) -> dict:
-        group, (weight, momentum), after = bucket.group, self.before[name], bucket.params[i]
+        group, (weight, momentum), after = bucket.groups[i], self.before[name], bucket.params[i]
         mu = group.get("momentum", group.get("beta1", 0.0))
         X = (1 + mu) * bucket.state["momentum"][place] - mu * momentum
         decay = group["lr"] * group.get("weight_decay", 0.0)

@@ -22,15 +22,10 @@ PIECE_BYTES = 25 * 2**20  # sent in one reduction: DDP's bucket_cap_mb; large en
 IN_FLIGHT = 4  # pieces whose inputs are in memory at a time
 
 
-def grouped() -> bool:
-    """True if this process is a rank of a process group."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def all_gather(weights: Tensor, mine: Tensor) -> dist.Work:
-    """Bring every rank's part of `weights` (ranks, slots, m, n) to all; `mine` is this rank's."""
+def all_gather(weights: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
+    """Bring every rank's part of `weights` (ranks, slots, *shape) to all; `mine` is this rank's."""
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13
-    return gather(weights.flatten(0, 1), mine, async_op=True)
+    return gather(weights.flatten(0, 1), mine, group=group, async_op=True)
 
 
 @dataclass(eq=False)
@@ -39,6 +34,7 @@ class Piece:
 
     params: list[Tensor]
     depth: float  # pieces are launched from the greatest depth to the least
+    group: dist.ProcessGroup | None = None
     missing: set[Tensor] = field(default_factory=set)  # parameters whose gradient is to come
     flight: tuple[dist.Work, Tensor] | None = None  # and its buffer, until waited for
     grads: list[Tensor] = field(default_factory=list)  # that were sent, until the step ends
@@ -48,7 +44,8 @@ class Piece:
         grads = [p.grad for p in self.params]
         alone = len(grads) == 1 and grads[0].is_contiguous()
         buffer = grads[0] if alone else torch.cat([grad.flatten() for grad in grads])
-        self.flight, self.grads = (dist.all_reduce(buffer, async_op=True), buffer), grads
+        work = dist.all_reduce(buffer, group=self.group, async_op=True)
+        self.flight, self.grads = (work, buffer), grads
 
     def wait(self) -> None:
         """Wait for the sums; the gradients then hold them."""
@@ -76,22 +73,28 @@ class OwnedPiece(Piece):
     first: int = 0
     last: int = 0
     places: list[tuple[int, int]] = field(default_factory=list)  # rank and slot of each parameter
-    sent: list[tuple[Tensor, int]] = field(default_factory=list)  # gradients and their versions
+    sent: list[tuple[Tensor | None, int]] = field(default_factory=list)  # and their versions
 
     def launch(self, dtype: torch.dtype | None) -> None:
-        """Copy the gradients into one buffer, in `dtype`, and start the reduce-scatter."""
-        bucket, grads = self.bucket, [p.grad for p in self.params]
-        ranks, slots, shape = len(bucket.owned), self.last - self.first, grads[0].shape
-        padded = len(grads) < ranks * slots
-        make = grads[0].new_zeros if padded else grads[0].new_empty
+        """Copy the gradients into one buffer, in `dtype`, and start the reduce-scatter.
+
+        A parameter without gradient on this rank adds 0.
+        """
+        bucket, like = self.bucket, self.params[0]
+        ranks, slots, shape = len(bucket.owned), self.last - self.first, like.shape
+        pairs = list(zip(self.places, (p.grad for p in self.params), strict=True))
+        filled = [(send_to, grad) for send_to, grad in pairs if grad is not None]
+        make = like.new_zeros if len(filled) < ranks * slots else like.new_empty
         send = make(ranks, slots, *shape, dtype=dtype)
-        torch._foreach_copy_([send[rank, slot - self.first] for rank, slot in self.places], grads)
+        if filled:
+            places, grads = zip(*filled, strict=True)
+            torch._foreach_copy_([send[r, slot - self.first] for r, slot in places], grads)
         if bucket.received is None:
             bucket.received = send.new_empty(bucket.slots, *shape)
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13
         received = bucket.received[self.first : self.last]
-        self.flight = scatter(received, send.flatten(0, 1), async_op=True), send
-        self.sent = [(grad, grad._version) for grad in grads]
+        self.flight = scatter(received, send.flatten(0, 1), group=self.group, async_op=True), send
+        self.sent = [(grad, grad._version if grad is not None else 0) for _, grad in pairs]
 
     def wait(self) -> None:
         if self.flight:
@@ -100,12 +103,14 @@ class OwnedPiece(Piece):
 
     def changed(self) -> Tensor | None:
         for p, (grad, version) in zip(self.params, self.sent, strict=True):
-            if p.grad is not grad or grad._version != version:
+            if p.grad is not grad or grad is not None and grad._version != version:
                 return p
         return None
 
 
-def owned_pieces(bucket: Bucket, dtype: torch.dtype | None) -> list[OwnedPiece]:
+def owned_pieces(
+    bucket: Bucket, dtype: torch.dtype | None, group: dist.ProcessGroup | None
+) -> list[OwnedPiece]:
     """Split a bucket into pieces of about PIECE_BYTES, neighbours in layer order."""
     like, places = bucket.params[0], bucket.places()
     slot_bytes = len(bucket.owned) * like.numel() * (dtype or like.dtype).itemsize
@@ -114,7 +119,7 @@ def owned_pieces(bucket: Bucket, dtype: torch.dtype | None) -> list[OwnedPiece]:
         inside = {i: place for i, place in places.items() if first <= place[1] < last}
         params, depth = [bucket.params[i] for i in inside], min(inside) / len(bucket.params)
         slots = dict(bucket=bucket, first=first, last=last, places=[*inside.values()])
-        pieces.append(OwnedPiece(params, depth, **slots))
+        pieces.append(OwnedPiece(params, depth, group, **slots))
     return pieces
 
 
@@ -126,21 +131,26 @@ class Reducer:
         others: further parameters in the order in which a forward pass uses them. The first of
             those with two dimensions or more completes last, as an input embedding does; the
             others complete first, as an output head does. Vectors travel together.
+        group: of the ranks that sum; None: all.
     """
 
     def __init__(
-        self, buckets: list[Bucket], dtype: torch.dtype | None, others: Sequence[Tensor] = ()
+        self,
+        buckets: list[Bucket],
+        dtype: torch.dtype | None,
+        others: Sequence[Tensor] = (),
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.buckets, self.dtype, self.hooks = buckets, dtype, []
         self.launched = 0  # pieces[:launched] are under way or received
-        self.pieces = [piece for bucket in buckets for piece in owned_pieces(bucket, dtype)]
+        self.pieces = [piece for bucket in buckets for piece in owned_pieces(bucket, dtype, group)]
         vectors: dict[torch.dtype, list[Tensor]] = {}
         for p in others:
             if p.ndim < 2:
                 vectors.setdefault(p.dtype, []).append(p)
         large = [p for p in others if p.ndim >= 2]
-        self.pieces += [Piece(params, -1.0) for params in vectors.values()]
-        self.pieces += [Piece([p], -1.0 if p is large[0] else 2.0) for p in large]
+        self.pieces += [Piece(params, -1.0, group) for params in vectors.values()]
+        self.pieces += [Piece([p], -1.0 if p is large[0] else 2.0, group) for p in large]
         self.pieces.sort(key=lambda piece: -piece.depth)  # as a backward pass completes them
         self.piece_of = {p: piece for piece in self.pieces for p in piece.params}
 

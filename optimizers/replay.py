@@ -29,7 +29,7 @@ class Scalars:
                 self.tensors[name] = torch.empty((), dtype=torch.float32, device=device)
                 self.last.pop(name, None)
             if isinstance(value, Tensor):
-                self.tensors[name].copy_(value, non_blocking=True)
+                self.tensors[name].copy_(value.reshape(()), non_blocking=True)
                 self.last.pop(name, None)
             elif self.last.get(name) != value:
                 self.tensors[name].fill_(value)

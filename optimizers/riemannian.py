@@ -89,6 +89,8 @@ class Climb(Balance):
 
     def even(self, X: Tensor, group: dict) -> Tensor:
         method, dtype = group["polar"], group["dtype"]
+        if X.size(-1) == 1:  # only signs meet both constraints: those of X go furthest
+            return X.sign() / X.size(-2) ** 0.5
         X = X / length(X).clamp_min(torch.finfo(X.dtype).tiny) * X.size(-1) ** 0.5
         U = polar(X, method, dtype).to(X.dtype)
         for _ in range(group["climbs"]):

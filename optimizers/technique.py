@@ -104,7 +104,9 @@ class EvenRows(Technique):
         v_i <- beta2 v_i + (1 - beta2) mean_j U_ij^2;   E_i = U_i / sqrt(v_i);   U <- E |U| / |E|
 
     After a polar factor the rows of a tall U have norms near sqrt(n/m). Dividing rows costs
-    orthogonality: uneven rows and orthonormal columns exclude each other.
+    orthogonality: uneven rows and orthonormal columns exclude each other. With `longer_side` the
+    columns of wide matrices are evened out in their place, as speedruns and nanochat do; the rows
+    of a wide polar factor are even already.
 
     Source: NorMuon, arXiv 2510.05491, with the norm kept as the speedruns do. Memory: 4 bytes per
     row. FLOPs: 5 m n.
@@ -112,11 +114,18 @@ class EvenRows(Technique):
 
     defaults = dict(beta2=0.95)
 
+    def __init__(self, longer_side: bool = False) -> None:
+        self.longer_side = longer_side
+
+    def mean_over(self, U: Tensor) -> int:
+        """Return the axis over which squares are averaged: that of columns, for each row."""
+        return -2 if self.longer_side and U.size(-1) > U.size(-2) else -1
+
     def init(self, grad: Tensor) -> dict[str, Tensor]:
-        return {"row_square": grad.new_zeros(*grad.shape[:-1], 1)}
+        return {"row_square": torch.zeros_like(grad.narrow(self.mean_over(grad), 0, 1))}
 
     def before(self, U: Tensor, W: Tensor, state: dict, group: dict) -> Tensor:
-        square = U.square().mean(dim=-1, keepdim=True)
+        square = U.square().mean(dim=self.mean_over(U), keepdim=True)
         v = state["row_square"].lerp_(square, 1 - group["beta2"])
         tiny = torch.finfo(U.dtype).tiny  # v >= (1 - beta2) square: only zero rows meet it
         even = U * v.clamp_min(tiny).rsqrt()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .averages import Around
-from .reducer import grouped
+from .ranks import grouped
 from .slot import MatrixOptimizer
 from .technique import Schedule
 
@@ -68,7 +68,7 @@ class ModelOptimizer:
         self.adamw = torch.optim.AdamW([g for g in groups if "neuron_axis" not in g], **adamw)
         types = dict(dtype=dtype) if "dtype" in matrix.defaults else {}
         matrices = [g for g in groups if "neuron_axis" in g]
-        self.matrix = matrix(matrices, compile=compile, **types)
+        self.matrix = matrix(matrices, compile=compile, share_storage=True, **types)
         self.params = [p for group in self.groups for p in group["params"]]
         self.matrix.reduce_also([p for g in self.adamw.param_groups for p in g["params"]])
         self.nonfinite = torch.zeros(len(self.params), device=self.params[0].device)

@@ -37,7 +37,9 @@ def test_the_folder_is_named_after_the_log_unless_it_is_given(
     assert train_gpt.main(tiny("--steps", "1", "--log", "a.txt")) == 0
     capsys.readouterr()
     main(["extract", "a.txt"])
-    assert "files in a_source: records/missing.py, data/loader.py, models/" in capsys.readouterr().out
+    assert (
+        "files in a_source: records/missing.py, data/loader.py, models/" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="2"):
         main(["extract", "a.txt"])
     assert capsys.readouterr().err.startswith("a_source exists already")

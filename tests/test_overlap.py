@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conftest import on_ranks
 from torch import Tensor, nn
 
-from optimizers import OPTIMIZERS, MatrixOptimizer, Muon, reducer
+from optimizers import OPTIMIZERS, MatrixOptimizer, Muon, ranks, reducer
 from optimizers.reducer import OwnedPiece
 
 LAYERS, STEPS, MICROBATCHES = 5, 3, 3  # 5 layers: not divisible by 2, 3 or 4 ranks
@@ -55,7 +55,7 @@ def counting(events: list[str]) -> None:
     real = OwnedPiece.launch
 
     def launch(piece: OwnedPiece, dtype: torch.dtype | None) -> None:
-        name = f"{piece.bucket.group['name']} {piece.first}"
+        name = f"{piece.bucket.groups[0]['name']} {piece.first}"
         events.append(name)
         real(piece, dtype)
 
@@ -246,7 +246,7 @@ def late_work(monkeypatch: pytest.MonkeyPatch) -> None:
     class Done:
         def wait(self) -> None: ...
 
-    def scatter(received: Tensor, send: Tensor, async_op: bool) -> Done:
+    def scatter(received: Tensor, send: Tensor, async_op: bool, **_: Any) -> Done:
         assert async_op
         received.copy_(send[: len(received)] * 2)
         return Done()
@@ -254,6 +254,7 @@ def late_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(dist, "get_rank", lambda *_: 0)
+    monkeypatch.setattr(ranks, "from_all_ranks", lambda mine, group: [mine] * 2)
     for name in ("reduce_scatter_single", "reduce_scatter_tensor"):
         monkeypatch.setattr(dist, name, scatter, raising=False)
 

@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, in_fresh_python
 from torch.distributed.run import get_args_parser
 
+import optimizers
 import records.__main__ as records_main
 import train_gpt
 from optimizers import OPTIMIZERS, Muon
@@ -213,7 +214,7 @@ def test_a_wrong_command_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_version_is_that_of_the_changelogs_newest_heading() -> None:
     """pyproject.toml stayed at the version before. An unreleased version ends with .dev0."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = optimizers.__version__
     newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
     assert version.replace(".dev0", " (unreleased)") == newest
 

@@ -225,7 +225,8 @@ def agree(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 def addresses(opt: MatrixOptimizer) -> list[int]:
     """Of weights, state and staged gradients."""
-    held = [t for b in opt._buckets for t in (b.weights, *b.state.values())]
+    held = [t for b in opt._buckets for t in b.state.values()]
+    held += [b.weights for b in opt._buckets if b.weights is not None]
     return [t.data_ptr() for t in (*held, *opt._staging.values())]
 
 
@@ -247,10 +248,13 @@ def test_replayed_steps_are_the_steps_without_graphs(
     }
 
 
+@pytest.mark.parametrize("share", [False, True])
 @every
-def test_a_reset_keeps_addresses_and_what_was_recorded(name: str, graphs: type[Graph]) -> None:
+def test_a_reset_keeps_addresses_and_what_was_recorded(
+    name: str, share: bool, graphs: type[Graph]
+) -> None:
     """The trainer warms up, resets and starts the clock: recording would be inside it."""
-    opt = built(name, compile=True)
+    opt = built(name, compile=True, share_storage=share)
     steps(opt, 7, 8)
     count, held = len(graphs.recorded), addresses(opt)
     opt.reset()
@@ -292,13 +296,16 @@ def test_a_group_that_is_added_deals_anew_and_is_stepped(graphs: type[Graph]) ->
     assert not torch.equal(more, before) and len(graphs.recorded) == 3 + 4  # all read the new room
 
 
-def test_weights_that_were_moved_are_recorded_anew(graphs: type[Graph]) -> None:
-    opt, plain = built("muon", compile=True), built("muon", compile=False)
+@pytest.mark.parametrize("share", [False, True])
+def test_weights_that_were_moved_are_recorded_anew_if_they_share_storage(
+    share: bool, graphs: type[Graph]
+) -> None:
+    opt, plain = (built("muon", compile=c, share_storage=share) for c in (True, False))
     for first in (0, 2):
         for p in (*opt._parameters(), *plain._parameters()):
             p.data = p.detach().clone()
         assert agree(steps(opt, first, first + 2), steps(plain, first, first + 2))
-    assert len(graphs.recorded) == 6
+    assert len(graphs.recorded) == (6 if share else 3)
 
 
 def test_without_graphs_nothing_is_copied_to_a_fixed_place() -> None:
@@ -307,7 +314,7 @@ def test_without_graphs_nothing_is_copied_to_a_fixed_place() -> None:
     assert not opt._staging and not any(b.replays for b in opt._buckets)
 
 
-def test_the_staging_buffer_holds_the_largest_part_and_all_parts_share_it(
+def test_the_staging_buffers_hold_the_largest_part_and_all_parts_share_them(
     graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy of all gradients would be 340 MB of the 124M model."""
@@ -315,8 +322,9 @@ def test_the_staging_buffer_holds_the_largest_part_and_all_parts_share_it(
     monkeypatch.setattr(slot, "PARTS", 100)
     opt = built("muon", compile=True)
     steps(opt, 0, 1)
-    ((place, buffer),) = opt._staging.items()
-    assert place == (torch.float32, CPU) and buffer.shape == (2 * 48,)
+    uses = ("weights", torch.float32, CPU), ("gradients", torch.float32, CPU)
+    assert {place: len(room) for place, room in opt._staging.items()} == dict.fromkeys(uses, 2 * 48)
+    buffer = opt._staging[uses[1]]
     read = {replay.known[1] for b in opt._buckets for replay in b.replays.values()}
     assert {address for address, _, _ in read} == {buffer.data_ptr()}
     assert {shape for _, shape, _ in read} == {(1, 12, 4), (2, 12, 4), (1, 4, 12), (2, 4, 12)} | {
@@ -360,7 +368,7 @@ def test_replayed_steps_read_gradients_wherever_they_are(
         assert agree(opt._parameters(), plain._parameters()), step
     assert len(where) == 4 and (len(graphs.recorded), graphs.replays) == (3, 9)
     wide = torch.promote_types(dtype, torch.float32)
-    assert opt._staging.keys() == {(wide, CPU)}
+    assert opt._staging.keys() == {("weights", dtype, CPU), ("gradients", wide, CPU)}
     for one in (plain, opt):
         for p in one._parameters():
             p.grad.mul_(-2)
@@ -382,7 +390,7 @@ def test_parameters_of_mixed_types_are_staged_by_the_type_of_their_step(
             opt.step()
         ends.append([p.detach() for p in params])
     assert agree(ends[1], ends[0]) and [p.dtype for p in ends[1]] == types
-    rooms = {dtype: room.numel() for (dtype, _), room in opt._staging.items()}
+    rooms = {t: len(room) for (use, t, _), room in opt._staging.items() if use == "gradients"}
     assert rooms == {torch.float32: 2 * 24, torch.float64: 24}
     assert (len(graphs.recorded), graphs.replays) == (3, 6)
 

@@ -262,7 +262,7 @@ def test_without_network_the_embedded_default_takes_over(checkout: Checkout) -> 
 def test_a_python_without_torch_gets_a_venv_once(bare: Checkout) -> None:
     assert bare.run()[0] == 0
     pip, *rest = bare.calls()
-    assert pip.startswith("pip -m pip install") and "torch>=2.11,<2.14 numpy" in pip
+    assert pip.startswith("pip -m pip install") and "torch>=2.11,<3 numpy" in pip
     assert all(f" {name}>=" in pip for name in ("scipy", "matplotlib", "rich", "pyarrow"))
     assert rest == ["embedded", "train --preset demo"]
     assert bare.run()[0] == 0
@@ -350,6 +350,18 @@ def test_a_torch_that_is_there_is_not_installed_again(checkout: Checkout) -> Non
     process = checkout.start("bash", "-c", "cd a*; PATH=$PWD/.venv/bin:$PATH; torchrun --x 'a b'")
     assert process.communicate(timeout=100) and process.returncode == 0
     assert checkout.calls() == ["torchrun --x a b"], "of .venv's python, which has the packages"
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.15.0+cu130", "2.14.0.dev20261101", "3.0.0"])
+def test_a_torch_that_fits_is_never_replaced(checkout: Checkout, version: str) -> None:
+    """2.14 and later were replaced by 2.13, gigabytes of it."""
+    checkout.stub()
+    info = checkout.root / f"torch-{version}.dist-info/METADATA"
+    script(info, f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    command = 'cd a*; . tools/setup.sh; export PYTHONPATH=$PWD; has "$(wanted | grep ^torch)"'
+    process = checkout.start("bash", "-c", command)
+    process.communicate(timeout=100)
+    assert (process.returncode == 0) == (version != "3.0.0")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from optimizers import (
     Muon,
     Nesterov,
     Technique,
+    ranks,
     slot,
 )
 from optimizers.buckets import even_parts, owners_by_cost
@@ -337,6 +338,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[LateWork]:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(dist, "get_rank", lambda *_: 0)
+    monkeypatch.setattr(ranks, "from_all_ranks", lambda mine, group: [mine] * 2)
     for name in ("reduce_scatter_single", "reduce_scatter_tensor"):
         monkeypatch.setattr(dist, name, scatter, raising=False)
     for name in ("all_gather_single", "all_gather_into_tensor"):
@@ -368,14 +370,14 @@ def test_buffers_are_read_only_after_the_wait_and_inputs_live_until_then(late: l
             assert torch.allclose(p.detach(), expected, rtol=0, atol=1e-5)
 
 
-# ---- the buffer that the parameters are views of -----------------------------------------------
+# ---- the buffer that the parameters are views of, with share_storage ---------------------------
 
 
 def test_parameters_share_a_buffer_and_stay_what_they_were() -> None:
     """The same Parameter objects with the same values; a step moves them in place."""
     groups = new_groups()
     params = [p for group in groups for p in group["params"]]
-    opt = Plain(groups, lr=0.5)
+    opt = Plain(groups, lr=0.5, share_storage=True)
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.zeros_like(p)
@@ -393,7 +395,7 @@ def test_parameters_share_a_buffer_and_stay_what_they_were() -> None:
 
 def test_a_parameter_that_was_moved_elsewhere_is_brought_back() -> None:
     """As by model.to(...), a loader that assigns, or a second optimizer on the same weights."""
-    p, opt = ready(Plain, lr=0.5)
+    p, opt = ready(Plain, lr=0.5, share_storage=True)
     opt.step()
     held = p.data_ptr()
     p.data = torch.full_like(p, 3.0)
@@ -415,38 +417,11 @@ def ready(optimizer: type = Muon, **more: Any) -> tuple[torch.nn.Parameter, Matr
     return p, optimizer([p], **more)
 
 
-def test_a_closure_is_refused() -> None:
-    p, opt = ready()
-    before = p.detach().clone()
-    with pytest.raises(ValueError, match="closure"):
-        opt.step(lambda: 0.0)
-    assert torch.equal(p.detach(), before)
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5), ()], ids=str)
 def test_a_parameter_that_is_no_matrix_is_refused_with_a_remedy(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="matrices.*AdamW") as caught:
         Muon([torch.nn.Parameter(torch.zeros(shape))])
     assert str(shape) in str(caught.value)
-
-
-def test_a_missing_gradient_is_named() -> None:
-    params = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
-    opt = Muon([dict(params=params, name="attn")])
-    for p in (params[0], params[2]):
-        p.grad = torch.ones(4, 4)
-    with pytest.raises(ValueError, match=r"parameter 1 of group 'attn', \(4, 4\).*backward"):
-        opt.step()
-    assert not any(p.any() for p in params), "nothing moves when one gradient is missing"
-
-
-def test_a_missing_gradient_of_a_nameless_group_is_named_by_its_number() -> None:
-    """Groups were looked up by comparing their tensors, which is an error of its own."""
-    params = [torch.nn.Parameter(tensor(4, 3, seed=i)) for i in range(2)]
-    opt = Muon([dict(params=[p]) for p in params])
-    params[0].grad = torch.ones(4, 3)
-    with pytest.raises(ValueError, match=r"parameter 0 of group 1, \(4, 3\), has no gradient"):
-        opt.step()
 
 
 @pytest.mark.parametrize("where", ["argument", "group"])
@@ -695,14 +670,15 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return max(sums, default=0)
 
 
-@pytest.mark.parametrize("name, copies", [("adamw", 6), ("muon", 6), ("aurora", 8)])
+@pytest.mark.parametrize("name, copies", [("adamw", 7), ("muon", 7), ("aurora", 9)])
 def test_a_step_needs_memory_for_one_part(
     name: str, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stacked the gradients of all buckets, 340 MB of the 124M model, before the first update.
 
-    Eager float32 needs some copies of a part: here a bucket is 16 parts, all gradients are 32.
-    1% is for what has one number a row or a matrix: gram6 scales each matrix, Aurora each row.
+    Eager float32 needs some copies of a part, one of them its weights: here a bucket is 16 parts,
+    all gradients are 32. 1% is for what has one number a row or a matrix: gram6 scales each
+    matrix, Aurora each row.
     """
     params = [
         [torch.nn.Parameter(torch.ones(*shape)) for _ in range(16)]

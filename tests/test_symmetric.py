@@ -47,7 +47,7 @@ HOPPER = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from optimizers.symmetric import DEPTH, STAGES, TILE, symmetric_kernel
+from optimizers.symmetric import DEPTH, STAGES, TILE, symmetric_jit
 tile = "tensordesc<fp16[1, {}, {}]>".format
 for turned, given in ((False, ["D"]), (True, []), (False, ["D", "coefficients"])):
     A, C = tile(DEPTH, TILE) if turned else tile(TILE, DEPTH), tile(TILE, TILE)
@@ -56,7 +56,7 @@ for turned, given in ((False, ["D"]), (True, []), (False, ["D", "coefficients"])
     types = dict(A=A, B=A, D=C, C=C, alpha="fp32", beta="fp32", gamma="fp32")
     types |= dict(coefficients="*fp32")
     types |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(symmetric_kernel, types, constants)
+    source = ASTSource(symmetric_jit(), types, constants)
     options = dict(num_warps=4, num_stages=STAGES)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma" in made.asm["ptx"] and "cp.async.bulk.tensor" in made.asm["ptx"]
@@ -118,7 +118,7 @@ def test_on_the_cpu_and_in_full_precision_pytorch_computes_it() -> None:
 def test_the_obstacle_of_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a GPU; the log says which matmuls run and why."""
     half, cuda, capability = torch.float16, torch.device("cuda"), [(9, 0)]
-    monkeypatch.setattr(symmetric, "triton", object())
+    monkeypatch.setattr(symmetric, "HAS_TRITON", True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     assert symmetric_obstacle(cuda, half, 768, 3072) == ""
@@ -127,7 +127,7 @@ def test_the_obstacle_of_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert symmetric_obstacle(cuda, half, 768, 12) == "a size is no multiple of 8"
     capability[0] = (8, 0)
     assert symmetric_obstacle(cuda, half, 768, 768) == "a GPU before Hopper"
-    for module, name, value in ((torch.version, "hip", "6.4"), (symmetric, "triton", None)):
+    for module, name, value in ((torch.version, "hip", "6.4"), (symmetric, "HAS_TRITON", False)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             assert symmetric_obstacle(cuda, half, 768, 768) == "no Triton for NVIDIA GPUs"

@@ -375,3 +375,48 @@ def test_a_ramp_rises_from_its_start_to_one_and_stays() -> None:
     assert [factor(step, 40) for step in (0, 5, 10, 39)] == pytest.approx([0.9, 0.95, 1.0, 1.0])
     assert factor(10, 40) == factor(39, 40) == 1.0
     assert ramp(0.0, 4)(1, 2) == 0.25
+
+
+# ---- sides and signs -----------------------------------------------------------------------------
+
+
+def test_rows_or_the_longer_side_are_evened_out_as_chosen() -> None:
+    """By default rows, as in the paper; speedruns and nanochat even out the longer side."""
+
+    class LongNorMuon(MatrixOptimizer):
+        techniques = (Nesterov(), Polar(), EvenRows(longer_side=True), Aspect(), Decay())
+
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(8, 40, generator=generator) * torch.logspace(-2, 2, 40)
+    for turned in (False, True):
+        spreads, sizes = {}, {}
+        for kind in (OPTIMIZERS["normuon"], LongNorMuon):
+            p = torch.nn.Parameter(torch.zeros(40, 8) if turned else torch.zeros(8, 40))
+            opt = kind([p], lr=1.0, weight_decay=0.0, dtype=torch.float32)
+            p.grad = grad.T.clone() if turned else grad.clone()
+            opt.step()
+            lengths = p.detach().norm(dim=1 if turned else 0)  # along the longer side
+            spreads[kind.__name__] = (lengths.std() / lengths.mean()).item()
+            sizes[kind.__name__] = opt.state[p]["row_square"].shape
+        if turned:
+            assert spreads["NorMuon"] == spreads["LongNorMuon"] < 1e-3
+            assert sizes["NorMuon"] == sizes["LongNorMuon"] == (40, 1)
+        else:
+            assert spreads["LongNorMuon"] < 1e-3 < 0.3 < spreads["NorMuon"]
+            assert sizes["NorMuon"] == (8, 1) and sizes["LongNorMuon"] == (1, 40)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_on_a_column_riemannian_aurora_takes_the_sign(seed: int, turned: bool) -> None:
+    """Both constraints leave only signs there: climbing from the polar factor ended uphill in some
+    cases. Zeros stay."""
+    g = torch.randn(30, 1, generator=torch.Generator().manual_seed(seed)).exp()
+    g *= torch.randn(30, 1, generator=torch.Generator().manual_seed(100 + seed)).sign()
+    g[3] = 0
+    p = torch.nn.Parameter(torch.zeros(1, 30) if turned else torch.zeros(30, 1))
+    p.grad = g.T.clone() if turned else g
+    how = dict(lr=1.0, weight_decay=0.0, dtype=torch.float32)
+    OPTIMIZERS["riemannian"]([dict(params=[p], neuron_axis=int(turned))], **how).step()
+    expected = -g.sign() if not turned else -g.T.sign() / 30**0.5
+    assert torch.allclose(p.detach(), expected, atol=1e-6)
