@@ -58,6 +58,10 @@ SHAPES = {  # name: group, shape, matrices, neuron axis
 VARIANTS = {name: (name, {}) for name in OPTIMIZERS if name != "riemannian"} | {
     f"{name}, quintic12": (name, dict(polar="quintic12")) for name in ("muon", "aurora")
 }
+# As in a loop of one's own; all others share storage, as in the trainer.
+VARIANTS |= {
+    f"{name}, own storage": (name, dict(share_storage=False)) for name in ("muon", "aurora")
+}
 
 
 def make_groups(shapes: str, device: torch.device) -> list[dict]:
@@ -190,7 +194,7 @@ def measure(name: str, shapes: str, device: torch.device, repeats: int, real: di
         opt, facts = torch.optim.Muon([p for g in groups for p in g["params"]], lr=1e-3), {}
     else:
         optimizer, options = VARIANTS[name]
-        opt = OPTIMIZERS[optimizer](groups, **options)
+        opt = OPTIMIZERS[optimizer](groups, **dict(share_storage=True) | options)
         n = min(768, *SHAPES[shapes][0][1])
         facts = exactness(OPTIMIZERS[optimizer], options, n, device, real)
     facts = timing(opt, device, repeats) | facts
