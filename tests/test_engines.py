@@ -17,6 +17,7 @@ muonium imports triton, which torch for CPUs does not bring along.
 
 import functools
 import importlib.util
+import math
 import re
 import sys
 from pathlib import Path
@@ -162,17 +163,21 @@ def with_muonium(net: nn.Sequential) -> torch.optim.Optimizer:
     return code_of("PyTorch's FSDP2, through muonium")["optimizer"](rows, columns, others, rest)
 
 
-def under_fsdp2(rank: int, size: int, batched: bool) -> tuple[list[Tensor], list[Tensor], list]:
+def under_fsdp2(
+    rank: int, size: int, batched: bool, mesh: tuple[int, ...]
+) -> tuple[list[Tensor], list[Tensor], list]:
     """Return the weights of all ranks' and of one process's training, and the momentum's shapes."""
     import muonium.optim.optim as driver
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     driver.move_tensors_to_device = lambda tensors, *devices: tensors  # it would move to CUDA
     alone, net = network(), network()
     dist.init_process_group("gloo")
-    for layer in net[::2]:
-        fully_shard(layer)
-    fully_shard(net)
+    names = ("replicate", "shard")[-len(mesh) :]
+    over = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+    for module in (*net[::2], net):
+        fully_shard(module, mesh=over)
     for model, ranks in ((alone, list(range(size))), (net, [rank])):
         opt = with_muonium(model)
         for group in opt.param_groups[:3]:
@@ -192,12 +197,24 @@ def test_muonium_under_fsdp2_equals_one_process_bit_for_bit_and_the_slot_by_roun
     batched: bool, tmp_path: Path
 ) -> None:
     """Two ranks hold half of each momentum. Without training, weights are 0.05 away."""
-    first, second = on_ranks(2, under_fsdp2, tmp_path, batched)
+    first, second = on_ranks(2, under_fsdp2, tmp_path, batched, (2,))
     slot = by_slot(2, MATRICES, weight_decay=0.0, betas=(0.9, 0.95))
     for found, alone, local in (first, second):
         assert furthest(found, alone) == 0
         assert furthest(found, slot) < 2e-5 < 0.05 < furthest(found, whole(network()))
         assert local == [(32, 16), (8, 64), (8, 16)]
+
+
+@needs("muonium", "triton")
+@pytest.mark.parametrize("mesh", [(3,), (2, 2)], ids=["3 ranks, uneven", "HSDP"])
+def test_muonium_under_fsdp2_equals_one_process_by_rounding_on_other_meshes(
+    mesh: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The mean of more than two ranks' gradients rounds in another order."""
+    results = on_ranks(math.prod(mesh), under_fsdp2, tmp_path, True, mesh)
+    for found, alone, _ in results:
+        assert furthest(found, alone) < 2e-5 < 0.05 < furthest(found, whole(network()))
+        assert furthest(found, results[0][0]) == 0
 
 
 def in_torchtitan(rank: int, size: int) -> tuple[list[Tensor], list[str]]:
