@@ -3,12 +3,12 @@
 CI has none of the engines: their tests are skipped there. The environments in which they ran:
 
     python3.11 -m venv /tmp/engines311
-    /tmp/engines311/bin/pip install torch==2.13.0 triton==3.9.0 numpy pytest hypothesis \
+    /tmp/engines311/bin/pip install torch==2.13.0 triton==3.9.0 numpy pytest \
         muonium==0.2.0 torchtitan==0.3.0 lightning==2.6.6 accelerate==1.15.0
     /tmp/engines311/bin/python -m pytest tests/test_engines.py
 
     python3.12 -m venv /tmp/engines312
-    /tmp/engines312/bin/pip install torch==2.14.1 numpy pytest hypothesis \
+    /tmp/engines312/bin/pip install torch==2.14.1 numpy pytest \
         megatron-core==0.19.2 emerging-optimizers==0.3.0
     /tmp/engines312/bin/python -m pytest tests/test_engines.py
 
@@ -215,6 +215,17 @@ def test_muonium_under_fsdp2_equals_one_process_by_rounding_on_other_meshes(
     for found, alone, _ in results:
         assert furthest(found, alone) < 2e-5 < 0.05 < furthest(found, whole(network()))
         assert furthest(found, results[0][0]) == 0
+
+
+@needs("muonium", "triton")
+def test_aurora_in_muonium_refuses_what_it_does_not_do() -> None:
+    opt = with_muonium(network())
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    opt.param_groups[0]["use_cautious_wd"] = True
+    with pytest.raises(ValueError, match="aurora takes use_cautious_wd=False"):
+        opt.step()
 
 
 def in_torchtitan(rank: int, size: int) -> tuple[list[Tensor], list[str]]:
