@@ -164,21 +164,26 @@ def with_muonium(net: nn.Sequential) -> torch.optim.Optimizer:
 
 
 def under_fsdp2(
-    rank: int, size: int, batched: bool, mesh: tuple[int, ...]
-) -> tuple[list[Tensor], list[Tensor], list]:
+    rank: int, size: int, batched: bool, mesh: dict[str, int]
+) -> tuple[list[Tensor], list[Tensor], list[tuple[int, ...]]]:
     """Return the weights of all ranks' and of one process's training, and the momentum's shapes."""
     import muonium.optim.optim as driver
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+    from torch.distributed.tensor.parallel import parallelize_module as split
 
     driver.move_tensors_to_device = lambda tensors, *devices: tensors  # it would move to CUDA
     alone, net = network(), network()
     dist.init_process_group("gloo")
-    names = ("replicate", "shard")[-len(mesh) :]
-    over = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+    over = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+    columns = mesh.get("columns", 1)  # of the mesh: ranks that share a batch
+    if columns > 1:
+        split(net, over["columns"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        over = over["shard"]
     for module in (*net[::2], net):
         fully_shard(module, mesh=over)
-    for model, ranks in ((alone, list(range(size))), (net, [rank])):
+    for model, ranks in ((alone, list(range(size // columns))), (net, [rank // columns])):
         opt = with_muonium(model)
         for group in opt.param_groups[:3]:
             group["foreach"] = batched
@@ -197,7 +202,7 @@ def test_muonium_under_fsdp2_equals_one_process_bit_for_bit_and_the_slot_by_roun
     batched: bool, tmp_path: Path
 ) -> None:
     """Two ranks hold half of each momentum. Without training, weights are 0.05 away."""
-    first, second = on_ranks(2, under_fsdp2, tmp_path, batched, (2,))
+    first, second = on_ranks(2, under_fsdp2, tmp_path, batched, dict(shard=2))
     slot = by_slot(2, MATRICES, weight_decay=0.0, betas=(0.9, 0.95))
     for found, alone, local in (first, second):
         assert furthest(found, alone) == 0
@@ -206,12 +211,16 @@ def test_muonium_under_fsdp2_equals_one_process_bit_for_bit_and_the_slot_by_roun
 
 
 @needs("muonium", "triton")
-@pytest.mark.parametrize("mesh", [(3,), (2, 2)], ids=["3 ranks, uneven", "HSDP"])
+@pytest.mark.parametrize(
+    "mesh",
+    [dict(shard=3), dict(replicate=2, shard=2), dict(shard=2, columns=2)],
+    ids=["3 ranks, uneven", "HSDP", "tensor parallel"],
+)
 def test_muonium_under_fsdp2_equals_one_process_by_rounding_on_other_meshes(
-    mesh: tuple[int, ...], tmp_path: Path
+    mesh: dict[str, int], tmp_path: Path
 ) -> None:
-    """The mean of more than two ranks' gradients rounds in another order."""
-    results = on_ranks(math.prod(mesh), under_fsdp2, tmp_path, True, mesh)
+    """More than two ranks average gradients, and tensor parallel ones add, in another order."""
+    results = on_ranks(math.prod(mesh.values()), under_fsdp2, tmp_path, True, mesh)
     for found, alone, _ in results:
         assert furthest(found, alone) < 2e-5 < 0.05 < furthest(found, whole(network()))
         assert furthest(found, results[0][0]) == 0
