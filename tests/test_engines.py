@@ -226,6 +226,36 @@ def test_muonium_under_fsdp2_equals_one_process_by_rounding_on_other_meshes(
         assert furthest(found, results[0][0]) == 0
 
 
+def resumed(rank: int, size: int, folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights after training, a checkpoint and more training, and with a resumption."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as of
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    runs = [(net, with_muonium(net)) for net in (fully_shard(network()), fully_shard(network()))]
+    train(runs[0][0], [runs[0][1]], [rank])
+    states = [
+        dict(model=of.get_model_state_dict(net), optim=of.get_optimizer_state_dict(net, opt))
+        for net, opt in runs
+    ]
+    dcp.save(states[0], checkpoint_id=folder)
+    dcp.load(states[1], checkpoint_id=folder)
+    of.set_model_state_dict(runs[1][0], states[1]["model"])
+    of.set_optimizer_state_dict(*runs[1], states[1]["optim"])
+    for net, opt in runs:
+        train(net, [opt], [rank])
+    return whole(runs[0][0]), whole(runs[1][0])
+
+
+@needs("muonium", "triton")
+def test_a_run_with_muonium_resumes_from_a_distributed_checkpoint_bit_for_bit(
+    tmp_path: Path,
+) -> None:
+    for went_on, resumption in on_ranks(2, resumed, tmp_path, str(tmp_path / "saved")):
+        assert furthest(went_on, resumption) == 0
+
+
 @needs("muonium", "triton")
 def test_aurora_in_muonium_refuses_what_it_does_not_do() -> None:
     opt = with_muonium(network())
