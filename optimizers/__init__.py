@@ -5,7 +5,7 @@ sees). Settings are those of modded-nanogpt's track_3#36, with a cheaper polar f
 """
 
 from .averages import Around, WeightAverage
-from .balance import Balance
+from .balance import Balance, direction
 from .diagnostics import Diagnostics, activity
 from .polar import Polar
 from .recipes import RECIPES, cooked, recipe_settings
@@ -65,6 +65,6 @@ OPTIMIZERS = {
 }
 __all__ = ["OPTIMIZERS", "Adam", "Around", "Aspect", "Balance", "CautiousDecay", "Climb", "Decay"]
 __all__ += ["Diagnostics", "EvenRows", "MatrixOptimizer", "ModelOptimizer", "Nesterov", "Polar"]
-__all__ += ["RECIPES", "Split", "Technique", "WeightAverage", "activity", "cooked", "planned"]
-__all__ += ["ramp", "recipe_settings", "split_parameters", "trapezoid"]
+__all__ += ["RECIPES", "Split", "Technique", "WeightAverage", "activity", "cooked", "direction"]
+__all__ += ["planned", "ramp", "recipe_settings", "split_parameters", "trapezoid"]
 __all__ += [optimizer.__name__ for optimizer in OPTIMIZERS.values()]

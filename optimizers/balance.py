@@ -20,6 +20,7 @@ FLOPs: K polar factors where balanced, fewer with gram6 (gram.py).
 import torch
 from torch import Tensor
 
+from .checks import check_names, check_values
 from .gram import LEVERAGE4, gram_polar, length
 from .polar import NORM, Polar, entry_type, factor
 
@@ -97,3 +98,27 @@ class Balance(Polar):
     def polar_factors(self, group: dict) -> float:
         """Return an upper bound of the cost of `even`, in polar factors."""
         return group["rounds"]
+
+
+def direction(X: Tensor, neuron_axis: int | None, **settings) -> Tensor:
+    """Return Aurora's direction of whole matrices, for optimizers outside the slot (engines.md).
+
+    X is the Nesterov momentum: a matrix (m, n) or a stack of equal ones (k, m, n), k = 0 too, of
+    any scale. The result U has its shape, in float32 or better. `neuron_axis` says where the hidden
+    neurons of an MLP matrix are: 0 (rows), 1 (columns), or None for any other matrix, which gets
+    its polar factor. `settings` are Balance's. A step of Aurora is
+
+        W <- (1 - lr weight_decay) W - lr sqrt(max(1, m/n)) U
+
+    Source: arXiv 2606.27715. Raises ValueError for other shapes, shards and settings.
+    """
+    if X.ndim not in (2, 3) or hasattr(X, "placements"):
+        kind = f"{type(X).__name__} of shape {tuple(X.shape)}"
+        raise ValueError(f"direction takes a whole matrix or a stack of them, found a {kind}")
+    check_names(Balance, settings)
+    group = Balance.defaults | settings | {"neuron_axis": neuron_axis}
+    check_values(Balance, group)
+    wide = X.to(torch.promote_types(X.dtype, torch.float32))
+    stack = wide if X.ndim == 3 else wide[None]
+    U = Balance().before(stack, stack, {}, group).to(wide.dtype) if len(stack) else stack
+    return U.view_as(X) if X.ndim == 2 else U
