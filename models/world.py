@@ -25,6 +25,10 @@ class World:
     """The process group (NCCL between GPUs, gloo between CPUs), or one process without a group."""
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        if not 0 <= rank < size:
+            raise ValueError(
+                f"RANK is {rank} and WORLD_SIZE {size}: unset both in this shell, or use torchrun"
+            )
         self.rank, self.size, self.device = rank, size, device
         cuda = device if device.type == "cuda" else None
         if cuda:

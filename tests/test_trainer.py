@@ -339,6 +339,17 @@ def preset_config(name: str) -> Config:
     return parse_config(["--preset", name])
 
 
+def test_a_rank_that_was_left_in_the_environment_is_one_sentence(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It trained to the end, said nothing and wrote no log."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train_gpt.time, "sleep", lambda seconds: None)
+    assert train_gpt.main(tiny("--log", "a.txt")) == 2
+    said = "RANK is 1 and WORLD_SIZE 1: unset both in this shell, or use torchrun"
+    assert said in capsys.readouterr().err and not Path("a.txt").exists()
+
+
 # ---- data order ------------------------------------------------------------------------------
 
 
