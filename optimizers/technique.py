@@ -113,9 +113,11 @@ class EvenRows(Technique):
     """
 
     defaults = dict(beta2=0.95)
+    longer_side = False
 
     def __init__(self, longer_side: bool = False) -> None:
-        self.longer_side = longer_side
+        if longer_side:
+            self.longer_side = True
 
     def mean_over(self, U: Tensor) -> int:
         """Return the axis over which squares are averaged: that of columns, for each row."""

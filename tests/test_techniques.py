@@ -265,7 +265,7 @@ def test_a_hyperparameter_of_no_technique_is_refused() -> None:
     with pytest.raises(ValueError, match="Undecayed has no hyperparameter 'weight_decay'"):
         Undecayed([p], weight_decay=0.1)
     with pytest.raises(ValueError, match="has no hyperparameter 'beta2': it takes dtype, lr, mom"):
-        Undecayed([dict(params=[p], beta2=0.9)])
+        Undecayed([p], beta2=0.9)
 
 
 def test_a_schedule_of_no_hyperparameter_is_refused() -> None:
