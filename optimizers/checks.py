@@ -66,6 +66,11 @@ def matrix_shape(optimizer: type, p: Tensor, convolutions: bool) -> tuple[int, i
     """Return (m, n) of the matrices in a parameter (m, n), in a stack (e, m, n) or, as a
     convolution, in (out, in, ...); raise ValueError where there are none."""
     name, shape = optimizer.__name__, tuple(p.shape)
+    if hasattr(p, "device_mesh"):  # a DTensor; its module takes a second to import
+        raise ValueError(
+            f"{name} takes whole matrices, found a DTensor {shape} with {p.placements}, as FSDP2 "
+            "makes them: docs/engines.md has Aurora for such parameters, or use DDP"
+        )
     if p.dtype not in TYPES or p.layout != torch.strided:
         raise ValueError(
             f"{name} takes dense real matrices, found a parameter {shape} of {p.dtype} and "

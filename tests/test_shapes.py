@@ -1,6 +1,7 @@
 """Parameters of any shape and type: stacks of experts, convolutions, bfloat16 weights with the bits
 that they lack; and split_parameters, which finds matrices and neurons in the modules of a model."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -337,3 +338,24 @@ def test_models_of_transformers_are_split() -> None:
     assert axes[2][layer + "intermediate.dense.weight"] == 0
     assert axes[2][layer + "output.dense.weight"] == 1
     assert axes[2][layer + "attention.output.dense.weight"] is None
+
+
+def sharded(rank: int, world: int) -> str:
+    """What a slot says to a matrix of fully_shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    model = fully_shard(nn.Linear(8, 8, bias=False), mesh=init_device_mesh("cpu", (world,)))
+    try:
+        Muon(model.parameters())
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+def test_the_shards_of_fsdp2_are_refused_in_one_sentence_on_every_rank(tmp_path: Path) -> None:
+    """One rank failed inside the first step, the other died of the closed connection."""
+    for said in on_ranks(2, sharded, tmp_path):
+        assert "takes whole matrices, found a DTensor (8, 8) with (Shard(dim=0),)" in said
+        assert "docs/engines.md" in said and "\n" not in said
