@@ -39,6 +39,7 @@ class DealtState(torch.optim.Optimizer):
     _buckets: list[Bucket]
     _gathering: Gathering | None = None  # with several ranks
     _known: dict  # hyperparameters and their defaults
+    _shown = False  # whoever has seen opt.state may change it
     rank: int
     world_size: int
     deal: Callable[[], None]
@@ -54,6 +55,7 @@ class DealtState(torch.optim.Optimizer):
         for bucket in getattr(self, "_buckets", ()):
             if not bucket.state:
                 self._begin(bucket)
+        self._shown = True
         return self._state
 
     @state.setter
@@ -79,6 +81,8 @@ class DealtState(torch.optim.Optimizer):
 
     def _take_state(self, bucket: Bucket) -> None:
         """Take over what was changed in opt.state by hand, moved elsewhere or removed."""
+        if not self._shown:
+            return
         for slot, i in enumerate(bucket.owned[self.rank]):
             views, at = bucket.views[slot], bucket.at[slot]
             held = self._state.get(bucket.params[i]) or {}
