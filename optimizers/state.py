@@ -61,6 +61,7 @@ class DealtState(torch.optim.Optimizer):
     @state.setter
     def state(self, value: dict) -> None:
         self._state = defaultdict(dict, value)
+        self._shown = bool(getattr(self, "_buckets", ()))  # torch sets it before there are any
 
     def _empty_state(self, bucket: Bucket) -> State:
         """Return the state of one matrix before its first step, (1, ...)."""
